@@ -13,8 +13,10 @@ from typing import Any
 from ...cluster.expert_keys import ExpertVersion
 from ...cluster.host.residency import LayerShape
 from ...cluster.placement import ModelRef, ModelShape
-from ...kernels.slabs.slab import Slab
+from ...kernels.slabs import memfd
+from ...kernels.slabs.layout import SlabLayout
 from ...proto.errors import describe_error
+from .kept_memory import LeftMemory
 from .report import PlacedModel
 from .weight_store import ExpertStore
 
@@ -53,15 +55,16 @@ class Adoption:
         self._stopping = False
         self._thread: threading.Thread | None = None
 
-    def take(self, left: Sequence[tuple[str, int]]) -> list[str]:
-        """Adopt the memory of each (model, descriptor), and return the models where that failed.
+    def take(self, left: Sequence[LeftMemory]) -> list[str]:
+        """Adopt the memory of each model, and return the models where that failed.
 
         Their memory is unmapped here, and the host loads their experts again.
         """
         began, declined = time.monotonic(), []
-        for model, descriptor in left:
+        for memory in left:
+            model = memory.model
             try:
-                self._adopt(descriptor)
+                self._adopt(memory)
             except Exception as error:
                 # Whatever it is: what only saves time must not keep the host from starting.
                 declined.append(model)
@@ -75,6 +78,8 @@ class Adoption:
                     describe_error(error),
                     extra={"host": self._host, "model": model},
                 )
+            finally:
+                memory.close()
         if self.held:
             took_s = time.monotonic() - began
             log.info(
@@ -86,14 +91,11 @@ class Adoption:
             )
         return declined
 
-    def _adopt(self, descriptor: int) -> None:
-        slab = Slab.adopt(descriptor)
-        try:
-            placed = model_from_json(slab.layout.about)
-            self.held.update(self._store.adopt(placed[0], slab))
-        except BaseException:
-            slab.close()
-            raise
+    def _adopt(self, left: LeftMemory) -> None:
+        with memfd.adopt(left.descriptor) as memory, memoryview(memory) as header:
+            about = SlabLayout.read(header).about
+        placed = model_from_json(about)
+        self.held.update(self._store.adopt(placed[0], about, left))
         self.models.append(placed)
 
     def check(self, drop: Callable[[ExpertVersion], None]) -> None:

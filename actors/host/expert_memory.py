@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -14,12 +15,15 @@ from ...kernels import onednn
 from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
 from ...kernels.slabs.bounded_memory import MemoryBudget
 from ...kernels.slabs.device_memory import CHUNK_BYTES, DeviceMemory
-from ...kernels.slabs.device_slab import DeviceSlab, Memory, SlotLayer
+from ...kernels.slabs.device_pool import Memory
+from ...kernels.slabs.device_slab import DeviceSlab, SlotLayer
 from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer, LayerArithmetic
 from ...kernels.slabs.layout import COPIES, LayerLayout, SlabLayout
 from ...kernels.slabs.slab import Slab, layer_layout
 from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes
 from ...proto.errors import Busy, NotHere
+from ..runtime.devices import device_name
+from .kept_memory import LeftMemory
 
 _NO_CHUNKS: Mapping[int, int] = {}
 
@@ -69,6 +73,18 @@ class ExpertMemory(Protocol):
     @property
     def descriptor(self) -> int | None:
         """The memory itself, for a successor of this process; None if there is none yet."""
+        ...
+
+    def adopt(self, left: LeftMemory, forms: Mapping[int, ExpertForm]) -> list[ExpertVersion]:
+        """Take over the memory of an earlier process, and return what is held now.
+
+        Only layers that have one of ``forms`` are held. Raises ValueError for memory that this
+        process would not have made so, and RuntimeError if it cannot be mapped.
+        """
+        ...
+
+    def is_sound(self, held: ExpertVersion) -> bool:
+        """Return whether an expert still has the bytes that were written, or has left."""
         ...
 
     def close(self) -> None: ...
@@ -154,17 +170,16 @@ class SlabMemory:
             if copy is not None:
                 self._slab.free(key.layer, key.expert, copy)
 
-    def adopt(self, slab: Slab, forms: Mapping[int, ExpertForm]) -> list[ExpertVersion]:
-        """Take over a slab of an earlier process, and return what is held now.
-
-        Only layers that have one of ``forms`` are held. Raises ValueError for a slab that is not
-        laid out as this process would lay it out.
-        """
-        if slab.layout.layers != self._layouts():
-            raise ValueError("its experts lie there in another layout than that of this process")
+    def adopt(self, left: LeftMemory, forms: Mapping[int, ExpertForm]) -> list[ExpertVersion]:
         with self._writing, self._lock:
             if self._slab is not None:
                 raise ValueError("experts of the model were loaded meanwhile")
+            slab = Slab.adopt(os.dup(left.descriptor))
+            if slab.layout.layers != self._layouts():
+                slab.close()
+                raise ValueError(
+                    "its experts lie there in another layout than that of this process"
+                )
             self._slab = slab
             self._forms.update(forms)
             held = []
@@ -178,7 +193,6 @@ class SlabMemory:
             return held
 
     def is_sound(self, held: ExpertVersion) -> bool:
-        """Return whether an expert still has the bytes that were written, or has left."""
         key, version = held
         slab = self._slab
         copy = None if slab is None else slab.copy_of(key.layer, key.expert, version)
@@ -255,16 +269,19 @@ class SlotMemory:
         layers: Mapping[int, ExpertsLayer],
         dtype: torch.dtype,
         device: torch.device,
+        about: Mapping[str, Any] | None = None,
         allocate: Callable[[int], Memory] | None = None,
         *,
         chunk_bytes: int = CHUNK_BYTES,
         budget: MemoryBudget | None = None,
     ) -> None:
-        """``allocate`` returns ranges of the device's addresses (None: of a CUDA device).
+        """``about`` names the model in the memory itself, for a successor of this process.
 
-        ``budget`` is of all memory of the host's experts; None: this memory has its own, unlimited.
+        ``allocate`` returns ranges of the device's addresses (None: of a CUDA device). ``budget``
+        is of all memory of the host's experts; None: this memory has its own, unlimited.
         """
-        shapes = {
+        self._name = name
+        self._shapes = {
             number: SlotLayer(
                 layer.num_experts,
                 layer.form(),
@@ -274,17 +291,17 @@ class SlotMemory:
             )
             for number, layer in layers.items()
         }
-        budget = budget or MemoryBudget()
-        self._slab = DeviceSlab(
-            name,
-            shapes,
-            device,
-            budget.bound(allocate or (lambda nbytes: DeviceMemory(device, nbytes))),
-            chunk_bytes=chunk_bytes,
+        self._device = device
+        self._allocate = (budget or MemoryBudget()).bound(
+            allocate or (lambda nbytes: DeviceMemory(device, nbytes))
+        )
+        self._of_device = {"chunk_bytes": chunk_bytes, "device_name": device_name(device)}
+        self._slab = DeviceSlab.create(
+            name, self._shapes, device, self._allocate, about=about, **self._of_device
         )
         self._sizes = {
             number: sum(torch.Size(shape).numel() for _, shape in layer.shapes) * dtype.itemsize
-            for number, layer in shapes.items()
+            for number, layer in self._shapes.items()
         }
         self._writing = threading.Lock()  # slots are written by one thread at a time
         self._held: set[ExpertVersion] = set()
@@ -343,7 +360,28 @@ class SlotMemory:
 
     @property
     def descriptor(self) -> int | None:
-        return None  # it is not kept for a successor
+        return self._slab.descriptor if self._slab.descriptor >= 0 else None
+
+    def adopt(self, left: LeftMemory, forms: Mapping[int, ExpertForm]) -> list[ExpertVersion]:
+        with self._writing:
+            if self._held:
+                raise ValueError("experts of the model were loaded meanwhile")
+            slab = DeviceSlab.adopt(
+                *left.take(), self._shapes, self._device, self._allocate, **self._of_device
+            )
+            self._slab.close()
+            self._slab = slab
+            for layer, expert, version in slab.filled():
+                if layer in forms:
+                    self._held.add(ExpertVersion(ExpertKey(self._name, layer, expert), version))
+                else:
+                    slab.free(layer, expert, version)
+            return sorted(self._held)
+
+    def is_sound(self, held: ExpertVersion) -> bool:
+        key, version = held
+        with self._writing:  # so that it is not freed meanwhile
+            return held not in self._held or self._slab.is_sound(key.layer, key.expert, version)
 
     def close(self) -> None:
         with self._writing:

@@ -43,7 +43,6 @@ from ..transport.grpc.weights import get_weights
 from ..transport.shm import ShmListener
 from .adoption import Adoption, model_as_json
 from .device import HostCard
-from .expert_memory import ExpertMemory
 from .host_loop import HostLoop, check_fit
 from .kept_memory import KeptMemory
 from .report import HostReport, PlacedModel, Revision
@@ -103,7 +102,6 @@ class ExpertHost:
         self._loading = 0
         self._models: dict[str, PlacedModel] = {}
         self._kept = kept
-        self._keeps: dict[str, ExpertMemory] = {}  # what the keeper has
         self._changes = 0
         self._changed = threading.Condition()
         self._load_lock = threading.Lock()
@@ -189,6 +187,7 @@ class ExpertHost:
                     )
             finally:
                 self._loading = 0
+                self._keep_memory()
                 self._note_change()
                 _return_freed_memory()
 
@@ -198,6 +197,7 @@ class ExpertHost:
             ref, _ = placed
             self._store.add_model(ref, model_as_json(placed))
             self._models[ref.name] = placed
+        self._keep_memory()
         self._note_change()
 
     def release(self, gone: Sequence[ExpertVersion], term: int = 0, eviction: int = 1) -> None:
@@ -216,6 +216,7 @@ class ExpertHost:
         self._note_change()
         for one in gone:
             self._store.drop(one)
+        self._keep_memory()
         log.info("host %s has released %d experts", self.name, len(gone), extra={"host": self.name})
         _return_freed_memory()
 
@@ -318,16 +319,14 @@ class ExpertHost:
         with self._load_lock:
             if not self._residency.serves(one):  # it may have been loaded again meanwhile
                 self._store.drop(one)
+                self._keep_memory()
         self._note_change()
 
     def _keep_memory(self) -> None:
-        """Hand the keeper what it lacks: a model's memory comes with its first expert."""
-        for model, memory in self._store.memories() if self._kept is not None else ():
-            descriptor = memory.descriptor
-            if descriptor is not None and self._keeps.get(model) is not memory:
-                assert self._kept is not None
-                self._kept.keep(model, descriptor)
-                self._keeps[model] = memory
+        """Hand the keeper the memory that it lacks, and let it free what has gone."""
+        if self._kept is not None:
+            for model, memory in self._store.memories():
+                self._kept.keep(model, memory)
 
     def _fetch(self, wanted: ExpertVersion, peer: HostEntry) -> LayerShape:
         key = wanted.key

@@ -18,7 +18,6 @@ from ...cluster.update_folder import UpdateFolder
 from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...kernels.slabs.bounded_memory import MemoryBudget
 from ...kernels.slabs.layer_arithmetic import LayerArithmetic
-from ...kernels.slabs.slab import Slab
 from ...models.folder.expert_file import read_expert
 from ...models.trunk.checkpoint import Checkpoint
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
@@ -31,6 +30,7 @@ from ...models.trunk.experts_layers import (
 from ...models.trunk.trunk import meta_model
 from ...proto.errors import CallError, CheckpointError, NotHere
 from .expert_memory import ExpertMemory, SlabMemory, SlotMemory
+from .kept_memory import LeftMemory
 
 # Upper bound for a safetensors header: per tensor (besides its name), and for the rest of it.
 _HEADER_BYTES = 256
@@ -61,7 +61,7 @@ class HostedModel:
         self.memory: ExpertMemory = (
             SlabMemory(ref.name, layers, dtype, about, learns=ref.learns)
             if device.type == "cpu"
-            else SlotMemory(ref.name, layers, dtype, device, budget=budget)
+            else SlotMemory(ref.name, layers, dtype, device, about, budget=budget)
         )
 
     def form(self, layer: int) -> ExpertForm | None:
@@ -186,17 +186,21 @@ class ExpertStore:
             if known is not None:
                 known.memory.close()
 
-    def adopt(self, ref: ModelRef, slab: Slab) -> dict[ExpertVersion, LayerShape]:
+    def adopt(
+        self, ref: ModelRef, about: Mapping[str, Any], left: LeftMemory
+    ) -> dict[ExpertVersion, LayerShape]:
         """Register a model with the memory that an earlier process has left of it.
 
-        Returns the experts that are there. Raises ValueError for memory that this process cannot
-        use, and CheckpointError and UnsupportedModel.
+        Returns the experts that are there. Raises ValueError and RuntimeError for memory that this
+        process cannot use, and CheckpointError and UnsupportedModel.
         """
-        model = self._open_model(ref, self.device, slab.layout.about)
-        if not isinstance(model.memory, SlabMemory):
-            raise ValueError(f"this host keeps experts on {self.device}")
-        forms = {n: form for n in model.layers if (form := model.form(n)) is not None}
-        held = model.memory.adopt(slab, forms)
+        model = self._open_model(ref, self.device, about)
+        try:
+            forms = {n: form for n in model.layers if (form := model.form(n)) is not None}
+            held = model.memory.adopt(left, forms)
+        except BaseException:
+            model.memory.close()
+            raise
         with self._lock:
             self._models[ref.name] = model
             self._forms.update({LayerKey(ref.name, n): form for n, form in forms.items()})
@@ -272,8 +276,7 @@ class ExpertStore:
 
     def is_sound(self, held: ExpertVersion) -> bool:
         """Return whether an adopted expert has the bytes that were written, or has left."""
-        memory = self._model(held.key.model).memory
-        return not isinstance(memory, SlabMemory) or memory.is_sound(held)
+        return self._model(held.key.model).memory.is_sound(held)
 
     def close(self) -> None:
         """Free all experts."""

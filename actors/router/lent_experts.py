@@ -33,7 +33,8 @@ from ...kernels.grouped.activation import Activation
 from ...kernels.grouped.slots import SlotForm
 from ...kernels.slabs.borrowed_device_slab import DeviceSlabReader, LentPools
 from ...kernels.slabs.device_memory import DeviceMemory
-from ...kernels.slabs.device_slab import Memory, layer_slots
+from ...kernels.slabs.device_pool import Memory
+from ...kernels.slabs.device_slab import layer_slots
 from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer
 from ...kernels.slabs.layout import COPIES, Packing
 from ...kernels.slabs.side_by_side import bank_of_slabs

@@ -26,6 +26,7 @@ from ..host.adoption import Adoption, model_as_json
 from ..host.compute import PendingCall, ReplyTensors, compute
 from ..host.expert_memory import ExpertMemory
 from ..host.host_loop import HostLoop
+from ..host.kept_memory import LeftMemory
 from ..host.weight_store import ExpertStore
 from .channels import SimLendingSession, SimListener, SimPoller, SimSession, named_by
 from .clock import SimProcess
@@ -124,8 +125,8 @@ class SimKeeper:
         self._keeping = MemoryKeeping()
         self._hosts: list[SimHost] = []
 
-    def hello(self, host: SimHost, keep_s: float, now: float) -> list[tuple[str, int]]:
-        """Return (model, descriptor) of what the host's predecessor has left."""
+    def hello(self, host: SimHost, keep_s: float, now: float) -> list[LeftMemory]:
+        """Return what the host's predecessor has left."""
         self._hosts.append(host)
         self._execute(self._keeping.advance(now))
         return self._execute(self._keeping.hello(host, host.host, keep_s))
@@ -148,14 +149,14 @@ class SimKeeper:
             self._execute(self._keeping.leave(host, 0.0))
         self._execute(self._keeping.advance(math.inf))
 
-    def _execute(self, commands: Iterable[KeeperCommand]) -> list[tuple[str, int]]:
-        left: list[tuple[str, int]] = []
+    def _execute(self, commands: Iterable[KeeperCommand]) -> list[LeftMemory]:
+        left: list[LeftMemory] = []
         for command in commands:
             match command:
                 case Close(descriptor=descriptor):
                     os.close(descriptor)
                 case Answer(kept=kept):
-                    left = [(model, os.dup(descriptor)) for model, descriptor in kept]
+                    left = [LeftMemory(one.model, os.dup(one.descriptor)) for one in kept]
         return left
 
 

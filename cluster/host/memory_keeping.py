@@ -1,7 +1,8 @@
 """The state machine of a node's memory keeper: whose memory is kept, and until when.
 
 Hosts hand their keeper the descriptors of the memory in which their experts lie. When a host dies,
-its successor gets them back. What no successor asks for in time is freed.
+its successor gets them back. What no successor asks for in time is freed. A model on a device has
+one descriptor more for each chunk of the device's memory; chunks come and go.
 
 Descriptors are numbers here, and connections are anything; `actors/host/memory_keeper.py` is the
 shell around it, and the clock is an argument.
@@ -11,14 +12,32 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class KeptChunk(NamedTuple):
+    """A chunk of a device's memory; one that has the same number later has another serial."""
+
+    number: int
+    serial: int
+    descriptor: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptModel:
+    """What is kept of one model."""
+
+    model: str
+    descriptor: int  # of its memory
+    chunks: tuple[KeptChunk, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Tell a host what its predecessor has left: (model, descriptor of its memory)."""
+    """Tell a host what its predecessor has left."""
 
     connection: Hashable
-    kept: tuple[tuple[str, int], ...]
+    kept: tuple[KeptModel, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +51,27 @@ KeeperCommand = Answer | Close
 
 
 @dataclass(slots=True)
+class _Memory:
+    descriptor: int
+    chunks: dict[int, KeptChunk] = field(default_factory=dict)  # by their numbers
+
+    def close(self) -> list[KeeperCommand]:
+        chunks = (Close(descriptor=chunk.descriptor) for chunk in self.chunks.values())
+        return [Close(descriptor=self.descriptor), *chunks]
+
+
+@dataclass(slots=True)
 class _Host:
     connection: Hashable | None  # of the process that uses the memory now
     keep_s: float
     waiting: list[tuple[Hashable, float]] = field(default_factory=list)  # successors; their keep_s
-    kept: dict[str, int] = field(default_factory=dict)  # {model: descriptor}
+    kept: dict[str, _Memory] = field(default_factory=dict)  # by models
     until: float = 0.0  # while there is no connection: when its memory is freed
+
+    def close(self) -> list[KeeperCommand]:
+        found = [command for memory in self.kept.values() for command in memory.close()]
+        self.kept.clear()
+        return found
 
 
 class MemoryKeeping:
@@ -71,28 +105,44 @@ class MemoryKeeping:
         return self._take_over(known)
 
     def keep(self, connection: Hashable, model: str, descriptor: int) -> list[KeeperCommand]:
-        """Keep a model's memory, in place of what was kept of this model before."""
-        known = self._hosts.get(self._names.get(connection, ""))
-        if known is None or known.connection != connection:
+        """Keep a model's memory, in place of all that was kept of this model before."""
+        known = self._owned(connection)
+        if known is None:
             return [Close(descriptor=descriptor)]
         before = known.kept.get(model)
-        known.kept[model] = descriptor
-        return [] if before is None else [Close(descriptor=before)]
+        known.kept[model] = _Memory(descriptor)
+        return [] if before is None else before.close()
+
+    def keep_chunk(self, connection: Hashable, model: str, chunk: KeptChunk) -> list[KeeperCommand]:
+        """Keep a chunk of a device's memory, in place of the one that had its number before."""
+        memory = self._memory(connection, model)
+        if memory is None:
+            return [Close(descriptor=chunk.descriptor)]
+        before = memory.chunks.get(chunk.number)
+        memory.chunks[chunk.number] = chunk
+        return [] if before is None else [Close(descriptor=before.descriptor)]
+
+    def forget_chunk(
+        self, connection: Hashable, model: str, number: int, serial: int
+    ) -> list[KeeperCommand]:
+        """Free a chunk, unless other memory has its number by now."""
+        memory = self._memory(connection, model)
+        chunk = None if memory is None else memory.chunks.get(number)
+        if memory is None or chunk is None or chunk.serial != serial:
+            return []
+        del memory.chunks[number]
+        return [Close(descriptor=chunk.descriptor)]
 
     def forget(self, connection: Hashable, model: str) -> list[KeeperCommand]:
         """Free a model's memory, which its host does not use any more."""
-        known = self._hosts.get(self._names.get(connection, ""))
-        if known is None or known.connection != connection or model not in known.kept:
-            return []
-        return [Close(descriptor=known.kept.pop(model))]
+        known = self._owned(connection)
+        memory = None if known is None else known.kept.pop(model, None)
+        return [] if memory is None else memory.close()
 
     def leave(self, connection: Hashable, now: float) -> list[KeeperCommand]:
         """Free the memory of a host that ends for good."""
-        known = self._hosts.get(self._names.get(connection, ""))
-        found: list[KeeperCommand] = []
-        if known is not None and known.connection == connection:
-            found = [Close(descriptor=one) for one in known.kept.values()]
-            known.kept.clear()
+        known = self._owned(connection)
+        found = [] if known is None else known.close()
         return found + self.lost(connection, now)
 
     def lost(self, connection: Hashable, now: float) -> list[KeeperCommand]:
@@ -112,14 +162,25 @@ class MemoryKeeping:
     def advance(self, now: float) -> list[KeeperCommand]:
         """Free the memory of hosts that have been away for too long."""
         late = [h for h, one in self._hosts.items() if one.connection is None and now >= one.until]
-        return [
-            Close(descriptor=descriptor)
-            for host in late
-            for descriptor in self._hosts.pop(host).kept.values()
-        ]
+        return [command for host in late for command in self._hosts.pop(host).close()]
+
+    def _owned(self, connection: Hashable) -> _Host | None:
+        """Return the host whose memory this connection's process uses."""
+        known = self._hosts.get(self._names.get(connection, ""))
+        return None if known is None or known.connection != connection else known
+
+    def _memory(self, connection: Hashable, model: str) -> _Memory | None:
+        known = self._owned(connection)
+        return None if known is None else known.kept.get(model)
 
     def _take_over(self, known: _Host) -> list[KeeperCommand]:
         if known.connection is not None or not known.waiting:
             return []
         known.connection, known.keep_s = known.waiting.pop(0)
-        return [Answer(connection=known.connection, kept=tuple(known.kept.items()))]
+        kept = tuple(
+            KeptModel(
+                model=model, descriptor=memory.descriptor, chunks=tuple(memory.chunks.values())
+            )
+            for model, memory in known.kept.items()
+        )
+        return [Answer(connection=known.connection, kept=kept)]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .device_slab import Memory, as_places
+from .device_pool import Memory, as_places
 from .layout import SlabLayout, SlotPool, SlotTensor
 from .slot_entries import SlotEntries
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .device_slab import Memory
+from .device_pool import Memory
 
 
 class MemoryBudget:

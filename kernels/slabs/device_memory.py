@@ -65,6 +65,8 @@ class DeviceMemory:
         self.nbytes = max(1, math.ceil(nbytes / self.chunk_bytes)) * self.chunk_bytes
         self._address = int(self._call(driver.cuMemAddressReserve, self.nbytes, grain, 0, 0))
         self._chunks: dict[int, Any] = {}
+        # Of chunks that another process made. CUDA does not say that they may be exported again.
+        self._descriptors: dict[int, int] = {}
 
     @property
     def backed_bytes(self) -> int:
@@ -103,18 +105,28 @@ class DeviceMemory:
 
     def descriptor(self, chunk: int) -> int:
         """Return a new descriptor of a chunk's memory; the caller closes it."""
+        if chunk in self._descriptors:
+            return os.dup(self._descriptors[chunk])
         kind = self._driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         export = self._driver.cuMemExportToShareableHandle
         return int(self._call(export, self._chunks[chunk], kind, 0))
 
     def adopt(self, chunk: int, descriptor: int, *, writable: bool = False) -> None:
-        """Map a chunk that another process made, and close the descriptor."""
+        """Map a chunk that another process made; the descriptor is this object's now.
+
+        A chunk that is ``writable`` has a `descriptor` from now on.
+        """
         kind = self._driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         try:
             handle = self._call(self._driver.cuMemImportFromShareableHandle, descriptor, kind)
-        finally:
+            self._map(chunk, handle, writable=writable)
+        except BaseException:
             os.close(descriptor)
-        self._map(chunk, handle, writable=writable)
+            raise
+        if writable:
+            self._descriptors[chunk] = descriptor
+        else:
+            os.close(descriptor)
 
     def close(self) -> None:
         """Give back memory and addresses; no tensor over them may be used any more."""
@@ -144,8 +156,12 @@ class DeviceMemory:
 
     def _map(self, chunk: int, handle: Any, *, writable: bool = True) -> None:
         driver = self._driver
-        address = self._address_of(chunk)
-        self._call(driver.cuMemMap, address, self.chunk_bytes, 0, handle, 0)
+        try:
+            address = self._address_of(chunk)
+            self._call(driver.cuMemMap, address, self.chunk_bytes, 0, handle, 0)
+        except BaseException:
+            self._call(driver.cuMemRelease, handle)
+            raise
         access = driver.CUmemAccessDesc()
         access.location = self._properties.location
         flags = driver.CUmemAccess_flags
@@ -166,6 +182,8 @@ class DeviceMemory:
         driver = self._driver
         self._call(driver.cuMemUnmap, self._address_of(chunk), self.chunk_bytes)
         self._call(driver.cuMemRelease, self._chunks.pop(chunk))
+        if chunk in self._descriptors:
+            os.close(self._descriptors.pop(chunk))
 
     def _address_of(self, chunk: int) -> int:
         if not 0 <= chunk < self.nbytes // self.chunk_bytes:

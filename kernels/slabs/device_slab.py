@@ -10,14 +10,14 @@ can map the same memory of the device and compute with it (`borrowed_device_slab
 
 from __future__ import annotations
 
-import heapq
 import itertools
+import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,42 +27,12 @@ from ..ffn import ExpertForm
 from ..grouped.activation import Activation
 from ..grouped.slots import LayerSlots, SlotForm, from_slot, to_slot
 from . import memfd
-from .layout import COPIES, LayerLayout, SlabLayout, SlotPool, SlotTensor
+from .checksum import checksum
+from .device_pool import DevicePool, Memory
+from .layout import COPIES, LayerLayout, SlabLayout, SlotTensor
 from .slot_entries import SlotEntries
 
 _MOST_TABLES = 1024
-
-
-class Memory(Protocol):
-    """Addresses of which any chunk can be given memory; `DeviceMemory` is one."""
-
-    @property
-    def chunk_bytes(self) -> int: ...
-
-    @property
-    def backed_bytes(self) -> int: ...
-
-    def map(self, chunk: int) -> None:
-        """Give a chunk memory. Raises torch.OutOfMemoryError, with nothing changed."""
-        ...
-
-    def unmap(self, chunk: int) -> None:
-        """Take a chunk's memory away, when nothing that was begun before uses it any more."""
-        ...
-
-    def descriptor(self, chunk: int) -> int:
-        """Return a new descriptor of a chunk's memory; the caller closes it."""
-        ...
-
-    def adopt(self, chunk: int, descriptor: int, *, writable: bool = False) -> None:
-        """Map the memory of another process as a chunk, and close the descriptor."""
-        ...
-
-    def tensor(self, nbytes: int) -> Tensor:
-        """Return the first bytes of the range, (nbytes,) uint8; only mapped chunks may be used."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,109 +60,105 @@ class SlotLayer:
         )
 
 
-class _Pool:
-    """A pool's memory, which comes and goes with the places that are used."""
-
-    def __init__(self, pool: SlotPool, allocate: Callable[[int], Memory]) -> None:
-        self._pool = pool
-        self._memory = {t.name: allocate(pool.places * pool.stride_bytes(t)) for t in pool.tensors}
-        for memory in self._memory.values():
-            if memory.chunk_bytes != pool.chunk_bytes:
-                raise ValueError(f"chunks of {memory.chunk_bytes}, not {pool.chunk_bytes} bytes")
-        self._free = list(range(pool.places))  # the lowest first, so that used ones stay together
-        self._users: dict[int, int] = {}  # of each chunk that has memory, by its number
-
-    @property
-    def backed_bytes(self) -> int:
-        return sum(memory.backed_bytes for memory in self._memory.values())
-
-    def take(self) -> tuple[int, list[int]]:
-        """Give a free place memory; return its number and the chunks that were mapped for it."""
-        place = heapq.heappop(self._free)
-        made: list[int] = []
-        try:
-            for chunk in self._pool.chunks(place):
-                if chunk not in self._users:
-                    tensor, number = self._pool.part(chunk)
-                    self._memory[tensor.name].map(number)
-                    made.append(chunk)
-        except BaseException:
-            self._unmap(made)
-            heapq.heappush(self._free, place)
-            raise
-        for chunk in self._pool.chunks(place):
-            self._users[chunk] = self._users.get(chunk, 0) + 1
-        return place, made
-
-    def unused(self, place: int) -> list[int]:
-        """Return the chunks that `give_back` unmaps."""
-        return [chunk for chunk in self._pool.chunks(place) if self._users[chunk] == 1]
-
-    def give_back(self, place: int) -> None:
-        unused = self.unused(place)
-        for chunk in self._pool.chunks(place):
-            self._users[chunk] -= 1
-        for chunk in unused:
-            del self._users[chunk]
-        self._unmap(unused)
-        heapq.heappush(self._free, place)
-
-    @cached_property
-    def parts(self) -> dict[str, Tensor]:
-        """All places of each tensor of the experts, by its name."""
-        found = {}
-        for tensor in self._pool.tensors:
-            memory = self._memory[tensor.name]
-            found[tensor.name] = as_places(memory, self._pool, tensor, self._pool.places)
-        return found
-
-    def descriptor(self, chunk: int) -> int:
-        tensor, number = self._pool.part(chunk)
-        return self._memory[tensor.name].descriptor(number)
-
-    def close(self) -> None:
-        self.__dict__.pop("parts", None)
-        for memory in self._memory.values():
-            memory.close()
-
-    def _unmap(self, chunks: list[int]) -> None:
-        for chunk in chunks:
-            tensor, number = self._pool.part(chunk)
-            self._memory[tensor.name].unmap(number)
-
-
 class DeviceSlab:
     """Experts by layer, number and version. One thread at a time writes; others read meanwhile."""
 
     def __init__(
         self,
+        layers: Mapping[int, SlotLayer],
+        device: torch.device,
+        allocate: Callable[[int], Memory],
+        layout: SlabLayout,
+        header: int,
+        memory: mmap.mmap,
+    ) -> None:
+        """Take a memfd, which this object closes, and a mapping of it; see `create`."""
+        self._layers = dict(layers)
+        self._device = device
+        self.layout = layout
+        self.descriptor = header
+        # No process needs the memory's mapping but through these.
+        self.entries = SlotEntries(layout, memory)
+        self._last_serial = np.frombuffer(
+            memory, np.uint64, count=1, offset=layout.last_serial_start
+        )
+        self._serials = np.frombuffer(
+            memory, np.uint64, count=layout.chunks, offset=layout.chunks_start
+        )
+        self._chunks: Mapping[int, int] = {}  # replaced when it changes
+        self._lock = threading.Lock()
+        self._forms: dict[int, SlotForm] = {}
+        # Tables on the device, until something is written or freed.
+        self._tables: dict[object, LayerSlots] = {}
+        self._pools: dict[tuple[SlotTensor, ...], DevicePool] = {}
+        try:
+            self._layer_0 = torch.zeros((), dtype=torch.int32, device=device)
+            for pool in layout.pools:
+                self._pools[pool.tensors] = DevicePool(pool, allocate)
+        except BaseException:
+            self._let_go()
+            raise
+
+    @classmethod
+    def create(
+        cls,
         name: str,
         layers: Mapping[int, SlotLayer],
         device: torch.device,
         allocate: Callable[[int], Memory],
         *,
         chunk_bytes: int,
+        device_name: str,
         about: Mapping[str, Any] | None = None,
-    ) -> None:
-        """``allocate`` returns a range of so many bytes, or a little more, without memory."""
-        self._layers = dict(layers)
-        self._device = device
+    ) -> DeviceSlab:
+        """Make an empty slab.
+
+        ``allocate`` returns a range of so many bytes, or a little more, without memory. All
+        processes know the device by ``device_name``.
+        """
         layouts = {number: layer.layout() for number, layer in layers.items()}
-        self.layout = SlabLayout(layouts, about, chunk_bytes=chunk_bytes)
-        # No process needs the memory's mapping but through these.
-        self._header, memory = memfd.create(name, self.layout.nbytes, self.layout.header())
-        self.entries = SlotEntries(self.layout, memory)
-        self._serials = np.frombuffer(
-            memory, np.uint64, count=self.layout.chunks, offset=self.layout.chunks_start
-        )
-        self._chunks: Mapping[int, int] = {}  # replaced when it changes
-        self._next_serial = 1
-        self._pools = {pool.tensors: _Pool(pool, allocate) for pool in self.layout.pools}
-        self._lock = threading.Lock()
-        self._forms: dict[int, SlotForm] = {}
-        # Tables on the device, until something is written or freed.
-        self._tables: dict[object, LayerSlots] = {}
-        self._layer_0 = torch.zeros((), dtype=torch.int32, device=device)
+        layout = SlabLayout(layouts, about, chunk_bytes=chunk_bytes, device=device_name)
+        header, memory = memfd.create(name, layout.nbytes, layout.header())
+        return cls(layers, device, allocate, layout, header, memory)
+
+    @classmethod
+    def adopt(
+        cls,
+        header: int,
+        chunks: Mapping[int, tuple[int, int]],
+        layers: Mapping[int, SlotLayer],
+        device: torch.device,
+        allocate: Callable[[int], Memory],
+        *,
+        chunk_bytes: int,
+        device_name: str,
+    ) -> DeviceSlab:
+        """Take over the slab of a process that has ended; all descriptors are this object's now.
+
+        ``chunks`` has {number: (serial, descriptor)}. No weights are read. Raises ValueError for a
+        slab that this process would have made otherwise, and RuntimeError if a chunk cannot be
+        mapped; then nothing of it stays open or mapped.
+        """
+        serials = {number: serial for number, (serial, _) in chunks.items()}
+        unused = {number: descriptor for number, (_, descriptor) in chunks.items()}
+        try:
+            try:
+                memory = memfd.adopt(header)
+                layout = SlabLayout.read(memoryview(memory))
+                _check(layout, layers, chunk_bytes, device_name)
+            except BaseException:
+                os.close(header)
+                raise
+            slab = cls(layers, device, allocate, layout, header, memory)
+            try:
+                slab._take_over(serials, unused)
+            except BaseException:
+                slab._let_go()
+                raise
+        finally:
+            for descriptor in unused.values():
+                os.close(descriptor)
+        return slab
 
     @property
     def backed_bytes(self) -> int:
@@ -224,6 +190,8 @@ class DeviceSlab:
         try:
             for name, tensor in given.items():
                 pool.parts[name][place].copy_(tensor)
+            tensors_there = self.layout.layers[layer].tensors
+            written = checksum(given[tensor.name].to(tensor.dtype) for tensor in tensors_there)
             if self._device.type == "cuda":
                 # Whoever finds the slot filled may read it, in other processes too.
                 torch.cuda.current_stream(self._device).synchronize()
@@ -231,7 +199,7 @@ class DeviceSlab:
             self._give_back(pool, place)
             self.entries.empty(slot)
             raise
-        self.entries.fill(slot, version, place=place)
+        self.entries.fill(slot, version, checksum=written, place=place)
         with self._lock:
             self._tables.clear()
 
@@ -244,6 +212,30 @@ class DeviceSlab:
         tensors = {name: part[place] for name, part in self._pool(layer).parts.items()}
         transposed = self._layers[layer].form.transposed
         return from_slot(self._form(layer).activation, tensors, transposed=transposed)
+
+    def is_sound(self, layer: int, expert: int, version: int) -> bool:
+        """Return whether an expert has the bytes that were written; it must not be freed meanwhile.
+
+        Raises KeyError.
+        """
+        slot = self._slot(layer, expert, version)
+        if slot is None:
+            raise KeyError(f"layer {layer} has no version {version} of expert {expert}")
+        place, parts = self.entries.place(slot), self._pool(layer).parts
+        # A stream of its own: computations go on meanwhile.
+        cuda = self._device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(self._device)) if cuda else nullcontext():
+            found = checksum(parts[t.name][place] for t in self.layout.layers[layer].tensors)
+        return found == self.entries.checksum(slot)
+
+    def filled(self) -> list[tuple[int, int, int]]:
+        """Return (layer, expert, version) of each slot that holds an expert."""
+        return [
+            (layer, expert, version)
+            for slot in self.entries.filled()
+            for layer, expert, _ in [self.layout.place(slot)]
+            if (version := self.entries.version(slot)) is not None
+        ]
 
     def free(self, layer: int, expert: int, version: int) -> None:
         """Drop a version of an expert, if it is there."""
@@ -275,7 +267,7 @@ class DeviceSlab:
 
     def lend(self) -> int:
         """Return a new descriptor that says what lies where; the caller closes it."""
-        return memfd.reopen(self._header)
+        return memfd.reopen(self.descriptor)
 
     def chunks(self) -> Mapping[int, int]:
         """Return {number: serial} of the chunks that have memory; it does not change any more."""
@@ -291,18 +283,56 @@ class DeviceSlab:
     def close(self) -> None:
         """Free all memory. Nothing may use a slot any more."""
         with self._lock:
-            if self._header < 0:
+            if self.descriptor < 0:
                 return
             # Another model may come under this one's name, with the same versions.
             self.entries.retire()
-            self._tables.clear()
             self._serials[:] = 0
-            self._chunks = {}
-            for pool in self._pools.values():
-                pool.close()
-            self._pools.clear()
-            os.close(self._header)
-            self._header = -1
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Unmap and close everything, and leave what the header says as it is."""
+        self._tables.clear()
+        self._chunks = {}
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+    def _take_over(self, serials: Mapping[int, int], descriptors: dict[int, int]) -> None:
+        """Empty the slots that cannot be used, and map the chunks of all others.
+
+        The slots that can be used are those that were not being changed and whose chunks are here,
+        with the serial numbers that the header has. That is right at whatever moment the owner
+        ended, and however late it handed its chunks on. It gave a chunk its number before it
+        filled a slot there, took the number back before it gave the memory back, and never gave a
+        number twice. So the same number means the same memory, and that holds a slot's expert
+        since the slot counts as filled.
+        """
+        for slot in self.entries.take_over():
+            self.entries.empty(slot)
+        used: dict[tuple[SlotTensor, ...], set[int]] = {tensors: set() for tensors in self._pools}
+        chunks: dict[int, int] = {}
+        for slot in self.entries.filled():
+            layer, _, _ = self.layout.place(slot)
+            pool, place = self.layout.pool(layer), self.entries.place(slot)
+            taken = used[pool.tensors]
+            if place >= pool.places or place in taken:
+                raise ValueError(f"slot {slot} names place {place}, which another one has, or none")
+            there = {chunk: int(self._serials[chunk]) for chunk in pool.chunks(place)}
+            if there.items() <= serials.items():
+                taken.add(place)
+                chunks.update(there)
+            else:
+                self.entries.begin(slot)
+                self.entries.empty(slot)
+        gone = np.ones(self.layout.chunks, dtype=bool)
+        gone[list(chunks)] = False
+        self._serials[gone] = 0
+        self._chunks = chunks
+        for tensors, places in used.items():
+            self._pools[tensors].adopt(places, descriptors)
 
     def _make_layer(self, layer: int, version: int, others: Mapping[int, int]) -> LayerSlots:
         places = []
@@ -321,23 +351,24 @@ class DeviceSlab:
             self._forms[layer] = self._layers[layer].slot_form()
         return self._forms[layer]
 
-    def _pool(self, layer: int) -> _Pool:
+    def _pool(self, layer: int) -> DevicePool:
         return self._pools[self.layout.layers[layer].tensors]
 
-    def _pool_of(self, chunk: int) -> _Pool:
+    def _pool_of(self, chunk: int) -> DevicePool:
         pool = next(pool for pool in self.layout.pools if pool.has(chunk))
         return self._pools[pool.tensors]
 
     def _came(self, chunks: Sequence[int]) -> None:
         """Give chunks that were mapped serial numbers; the caller has the lock."""
-        numbered = dict(zip(chunks, itertools.count(self._next_serial)))
-        self._next_serial += len(chunks)
+        numbered = dict(zip(chunks, itertools.count(int(self._last_serial[0]) + 1)))
+        # First, so that whoever adopts the slab does not give them again.
+        self._last_serial[0] += len(chunks)
         for chunk, serial in numbered.items():
             self._serials[chunk] = serial
         if numbered:
             self._chunks = {**self._chunks, **numbered}
 
-    def _give_back(self, pool: _Pool, place: int) -> None:
+    def _give_back(self, pool: DevicePool, place: int) -> None:
         with self._lock:
             gone = pool.unused(place)
             self._serials[gone] = 0
@@ -346,11 +377,17 @@ class DeviceSlab:
             pool.give_back(place)
 
 
-def as_places(memory: Memory, pool: SlotPool, tensor: SlotTensor, places: int) -> Tensor:
-    """Return the beginning of a range of addresses as places of a tensor, (places, ...)."""
-    stride, size = pool.stride_bytes(tensor), torch.Size(tensor.shape).numel()
-    rows = memory.tensor(places * stride).view(tensor.dtype).view(places, -1)
-    return rows[:, :size].unflatten(1, tensor.shape)
+def _check(
+    layout: SlabLayout, layers: Mapping[int, SlotLayer], chunk_bytes: int, device_name: str
+) -> None:
+    """Check that a slab is as this process would have made it. Raises ValueError."""
+    if not layout.chunk_bytes:
+        raise ValueError("its experts are in the memory of a CPU")
+    if layout.device != device_name:
+        raise ValueError(f"its experts are on {layout.device}, and this host is on {device_name}")
+    layouts = {number: layer.layout() for number, layer in layers.items()}
+    if (layout.layers, layout.chunk_bytes) != (layouts, chunk_bytes):
+        raise ValueError("its experts lie there in another layout than that of this process")
 
 
 def layer_slots(

@@ -16,7 +16,8 @@ Experts on a device lie in the device's memory, in pools (`SlotPool`). Their sla
     manifest | changes | slots | chunks
 
 A slot's entry gives the expert's place in its pool. A pool's memory is mapped in chunks. Each
-mapped chunk has a serial number; memory that is mapped there later gets a new one.
+mapped chunk has a serial number; memory that is mapped there later gets a new one. Before these
+numbers stands the last one that was given, so that no later owner of the slab gives it again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SLOT_ENTRY_BYTES = 32
 
 
 # The last byte counts changes of this format.
-_MAGIC = b"MOESLAB\x04"
+_MAGIC = b"MOESLAB\x05"
 _LENGTH_BYTES = 8
 _CACHE_LINE = 64
 # Places on a device begin at such a part of a chunk, or at so many bytes, whichever is more: then
@@ -161,15 +162,18 @@ class SlabLayout:
         about: Mapping[str, Any] | None = None,
         *,
         chunk_bytes: int = 0,
+        device: str = "cpu",
     ) -> None:
         """``about`` is what else the manifest says, in JSON's types: which model this is.
 
-        With ``chunk_bytes`` the experts lie on a device, in chunks of so many bytes.
+        With ``chunk_bytes`` the experts lie on a device, in chunks of so many bytes. All processes
+        know the device by the name ``device``.
         """
         self.layers = dict(layers)
         self.about = dict(about or {})
         self.chunk_bytes = chunk_bytes
-        self.manifest = _encode(self.layers, self.about, chunk_bytes)
+        self.device = device
+        self.manifest = _encode(self)
         manifest_end = len(_MAGIC) + _LENGTH_BYTES + len(self.manifest)
         self.changes_start = _aligned(manifest_end, _CACHE_LINE)
         self.entries_start = self.changes_start + _CACHE_LINE
@@ -181,10 +185,11 @@ class SlabLayout:
             self._first_slot[number] = slot
             slot += COPIES * layer.experts
         offset = _aligned(self.entries_start + self.slots * SLOT_ENTRY_BYTES, PAGE_BYTES)
-        self.chunks_start = offset  # of the serial numbers of chunks
+        self.last_serial_start = offset
+        self.chunks_start = offset + CHUNK_SERIAL_BYTES  # of the serial numbers of chunks
         self.pools, self.chunks = _pools(self.layers, chunk_bytes) if chunk_bytes else ([], 0)
         if chunk_bytes:
-            offset += _aligned(self.chunks * CHUNK_SERIAL_BYTES, PAGE_BYTES)
+            offset += _aligned((1 + self.chunks) * CHUNK_SERIAL_BYTES, PAGE_BYTES)
         for number, layer in self.layers.items() if not chunk_bytes else ():
             for tensor in layer.tensors:
                 self._regions[number, tensor.name] = offset
@@ -202,7 +207,12 @@ class SlabLayout:
             raise ValueError(f"the manifest has {length} bytes, more than the slab")
         try:
             named = json.loads(bytes(memory[start : start + length]))
-            layout = cls(_decode(named), named["about"], chunk_bytes=named["chunk_bytes"])
+            layout = cls(
+                _decode(named),
+                named["about"],
+                chunk_bytes=named["chunk_bytes"],
+                device=named["device"],
+            )
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"the manifest cannot be read: {error}") from error
         if layout.nbytes != len(memory):
@@ -262,15 +272,16 @@ def _pools(layers: Mapping[int, LayerLayout], chunk_bytes: int) -> tuple[list[Sl
     return pools, chunk
 
 
-def _encode(layers: Mapping[int, LayerLayout], about: Mapping[str, Any], chunk_bytes: int) -> bytes:
+def _encode(layout: SlabLayout) -> bytes:
     """Return JSON; layers that are alike share a form."""
     forms: list[LayerLayout] = []
-    for layer in layers.values():
+    for layer in layout.layers.values():
         if layer not in forms:
             forms.append(layer)
     named = {
-        "about": about,
-        "chunk_bytes": chunk_bytes,
+        "about": layout.about,
+        "chunk_bytes": layout.chunk_bytes,
+        "device": layout.device,
         # Packed layouts are of one version of PyTorch.
         "torch": torch.__version__,
         "forms": [
@@ -281,7 +292,7 @@ def _encode(layers: Mapping[int, LayerLayout], about: Mapping[str, Any], chunk_b
             }
             for form in forms
         ],
-        "layers": [[number, forms.index(layer)] for number, layer in layers.items()],
+        "layers": [[number, forms.index(layer)] for number, layer in layout.layers.items()],
     }
     return json.dumps(named).encode()
 

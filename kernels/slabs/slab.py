@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from .. import onednn
 from ..ffn import ExpertWeights
 from ..fused import LayerBank
 from . import memfd
+from .checksum import checksum
 from .layout import COPIES, LayerLayout, Packing, SlabLayout, SlotTensor
 from .slot_entries import SlotEntries
 
@@ -102,10 +102,8 @@ class SlabReader:
         return memory.view(tensor.dtype).view(tensor.shape)
 
     def _checksum(self, layer: int, expert: int, copy: int) -> int:
-        digest = xxhash.xxh3_64()
-        for tensor in self.layout.layers[layer].tensors:
-            digest.update(self._bytes(layer, tensor, expert, copy).numpy().data)
-        return digest.intdigest()
+        tensors = self.layout.layers[layer].tensors
+        return checksum(self._bytes(layer, tensor, expert, copy) for tensor in tensors)
 
 
 class Slab(SlabReader):
@@ -127,11 +125,14 @@ class Slab(SlabReader):
     def adopt(cls, descriptor: int) -> Slab:
         """Take over the slab of a process that has ended; the descriptor is this object's now.
 
-        Slots that it was changing when it ended are empty. Raises ValueError for what is no slab.
+        Slots that it was changing when it ended are empty. Raises ValueError for what is no slab
+        of a CPU.
         """
         try:
             memory = memfd.adopt(descriptor)
             slab = cls(descriptor, memory, SlabLayout.read(memoryview(memory)))
+            if slab.layout.chunk_bytes:
+                raise ValueError(f"its experts are on the device {slab.layout.device}")
         except BaseException:
             os.close(descriptor)
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ def save_model(folder: Path, architecture: str, **overrides: Any) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter cannot run in two threads at once, as hosts and routers do here."""
+    from moesaic.kernels.grouped import ffn as grouped  # Triton is not needed elsewhere
+
+    lock = threading.Lock()
+
+    def locked(run: Callable[..., None]) -> Callable[..., None]:
+        def run_alone(*given: Any, **options: Any) -> None:
+            with lock:
+                run(*given, **options)
+
+        return run_alone
+
+    for name in ("grouped_ffn", "exact_rows"):
+        monkeypatch.setattr(grouped, name, locked(getattr(grouped, name)))
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,11 @@ experts.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from moesaic.kernels.ffn import ExpertWeights, reference_kernel
 from moesaic.kernels.grouped.activation import Activation
 from moesaic.kernels.grouped.slots import LayerSlots, SlotForm, to_slot
 from moesaic.kernels.slabs import memfd
+from moesaic.kernels.slabs.device_memory import CHUNK_BYTES
 from moesaic.kernels.slabs.memfd import readable
 from tests.helpers.models.forms import Kind
 
@@ -112,11 +115,10 @@ class HostMemory:
         self._map(chunk, self._nothing, mmap.PROT_READ)
 
     def descriptor(self, chunk: int) -> int:
-        return memfd.reopen(self.chunks[chunk])
+        return os.dup(self.chunks[chunk])
 
     def adopt(self, chunk: int, descriptor: int, *, writable: bool = False) -> None:
-        assert not writable
-        self._put(chunk, descriptor, mmap.PROT_READ)
+        self._put(chunk, descriptor, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
 
     def tensor(self, nbytes: int) -> Tensor:
         return torch.frombuffer(self._buffer, dtype=torch.uint8, count=nbytes)
@@ -146,3 +148,14 @@ class HostMemory:
             ctypes.c_long(0),
         )
         assert mapped == target, os.strerror(ctypes.get_errno())
+
+
+def chunks_in_use(device: str) -> float:
+    """Chunks of ``cpu``'s memory that this process has mapped, or what is in use of the card."""
+    gc.collect()
+    if device == "cpu":
+        return Path("/proc/self/maps").read_text().count("memfd:moesaic:chunk")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / CHUNK_BYTES

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moesaic.actors.host.expert_memory import SlotMemory
 from moesaic.actors.host.host import ExpertHost, local_hosts
-from moesaic.actors.host.weight_store import HostedModel, open_model
+from moesaic.actors.host.weight_store import ExpertStore, HostedModel, open_model
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.host.residency import HostLimits
@@ -116,9 +116,13 @@ def open_in_slots(ref: ModelRef, device: torch.device, about: Mapping[str, Any])
     model.memory.close()
     dtype = torch_dtype(ref.dtype)
     model.memory = SlotMemory(
-        ref.name, model.layers, dtype, device, HostMemory, chunk_bytes=mmap.PAGESIZE
+        ref.name, model.layers, dtype, device, about, HostMemory, chunk_bytes=mmap.PAGESIZE
     )
     return model
+
+
+def store_in_slots(device: torch.device, *_: object) -> ExpertStore:
+    return ExpertStore(device, open_in_slots)
 
 
 @contextmanager

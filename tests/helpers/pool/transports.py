@@ -3,6 +3,7 @@
 python -m tests.helpers.pool.transports host shm
 python -m tests.helpers.pool.transports router grpc ADDRESS
 python -m tests.helpers.pool.transports serve FOLDER NAME DEVICE lends kept ADDRESS SECONDS PID
+python -m tests.helpers.pool.transports serve FOLDER NAME cpu slots lends
 python -m tests.helpers.pool.transports pair PIECES
 """
 
@@ -313,11 +314,18 @@ def run_router(kind: str, address: str) -> None:
 
 
 def run_serve(
-    folder: str, name: str, device: str, *, lends: bool = False, kept: Sequence[str] = ()
+    folder: str,
+    name: str,
+    device: str,
+    *,
+    lends: bool = False,
+    slots: bool = False,
+    kept: Sequence[str] = (),
 ) -> None:
     """An expert host that holds the whole model in ``folder``; prints where it is as JSON.
 
-    With a memory keeper it prints then how many experts it has from its predecessor.
+    With ``slots`` the CPU's memory plays a device's. With a memory keeper it prints then how many
+    experts it has from its predecessor.
     """
     from moesaic.models.trunk.lean_imports import import_models
 
@@ -329,6 +337,11 @@ def run_serve(
     from moesaic.models.trunk.experts_layers import experts_layers
     from moesaic.models.trunk.trunk import meta_model
 
+    if slots:
+        from moesaic.actors.host import host as host_file
+        from tests.helpers.pool.serving import store_in_slots
+
+        host_file.ExpertStore = store_in_slots  # pyright: ignore[reportAttributeAccessIssue]
     layers = experts_layers(meta_model(read_config(Path(folder))))
     shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
     # Routers of the tests reach it over all transports.
@@ -373,6 +386,7 @@ if __name__ == "__main__":
             run_router(kind, address)
         case ["serve", folder, name, device, *options]:
             kept = options[options.index("kept") + 1 :] if "kept" in options else ()
-            run_serve(folder, name, device, lends="lends" in options, kept=kept)
+            flags = {flag: flag in options for flag in ("lends", "slots")}
+            run_serve(folder, name, device, kept=kept, **flags)
         case ["pair", count]:
             run_pair(int(count))

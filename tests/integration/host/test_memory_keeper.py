@@ -211,8 +211,8 @@ def test_an_expert_whose_bytes_have_changed_is_dropped(
     folder: Path, address: str, node: subprocess.Popen[bytes]
 ) -> None:
     with predecessor(folder, address, node.pid) as kept, serving(folder, hosts=1) as pool:
-        ((_, descriptor),) = kept.left
-        with mmap.mmap(descriptor, os.fstat(descriptor).st_size) as memory:
+        (left,) = kept.left
+        with mmap.mmap(left.descriptor, os.fstat(left.descriptor).st_size) as memory:
             layout = SlabLayout.read(memoryview(memory))
             start = layout.offset(KEY.layer, layout.layers[KEY.layer].tensors[0], 3)
             memory[start] ^= 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import random
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +30,6 @@ from moesaic.cluster.expert_keys import ExpertVersion
 from moesaic.cluster.host.emulation import Emulation
 from moesaic.cluster.placement import PlacementId
 from moesaic.cluster.versions import WeightVersions
-from moesaic.kernels.grouped import ffn as grouped
 from moesaic.kernels.grouped.slots import StepFlags
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
 from moesaic.proto.errors import BadExpert
@@ -40,25 +38,10 @@ from tests.helpers.pool.serving import EXPERTS, KEY, Hosts, assert_right, inputs
 from tests.helpers.pool.transports import settles
 
 # The interpreter multiplies whole tiles with NumPy, unused rows included.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
-)
-
-
-@pytest.fixture(autouse=True)
-def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter cannot run in two threads at once, as hosts and routers do here."""
-    lock = threading.Lock()
-
-    def locked(run: Callable[..., None]) -> Callable[..., None]:
-        def run_alone(*given: Any, **options: Any) -> None:
-            with lock:
-                run(*given, **options)
-
-        return run_alone
-
-    for name in ("grouped_ffn", "exact_rows"):
-        monkeypatch.setattr(grouped, name, locked(getattr(grouped, name)))
+pytestmark = [
+    pytest.mark.usefixtures("one_kernel_at_a_time"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+]
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.timeout(180)])]

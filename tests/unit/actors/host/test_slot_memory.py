@@ -6,6 +6,7 @@ Shape suffixes: T = tokens, K = assignments of a token, H = hidden size.
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.host.expert_memory import SlabMemory, SlotMemory
+from moesaic.actors.host.kept_memory import LeftMemory
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.kernels.ffn import ExpertWeights
 from moesaic.kernels.slabs.bounded_memory import MemoryBudget
@@ -262,3 +264,64 @@ def test_tables_do_not_pile_up(made: Made) -> None:
     for version in range(3000):
         memory.layer(0, 1, {0: version})
     assert len(memory._slab._tables) <= 1024
+
+
+# ---- the memory of an earlier process -----------------------------------------------------------
+
+
+def left_by(memory: SlotMemory) -> LeftMemory:
+    """What a memory keeper has of it."""
+    assert memory.descriptor is not None
+    left = LeftMemory("m", os.dup(memory.descriptor))
+    for chunk, serial in memory.chunks().items():
+        descriptor = memory.lend_chunk(chunk, serial)
+        assert descriptor is not None
+        left.chunks[chunk] = serial, descriptor
+    return left
+
+
+def another(device: torch.device) -> SlotMemory:
+    options: dict[str, Any] = {}
+    if device.type == "cpu":
+        options = {"allocate": HostMemory, "chunk_bytes": mmap.PAGESIZE}
+    return SlotMemory("m", LAYERS, torch.float32, device, **options)
+
+
+def test_a_successor_computes_the_same_bits(made: Made, device: torch.device) -> None:
+    memory, _ = made
+    for number in range(3):
+        keep(memory, expert(number), weights(number))
+    keep(memory, expert(2, 5), weights(12))
+    keep(memory, expert(0, layer=1), weights(7))
+    ids, named = [[0, 2], [1, -1], [1, 2]], {2: 5}
+    before, _ = compute(memory, device, ids, others=named)
+    heir = another(device)
+    held = heir.adopt(left_by(memory), {0: LAYERS[0].form()})
+    assert held == [expert(0), expert(1), expert(2), expert(2, 5)]
+    assert heir.nbytes == 4 * weights(0).nbytes
+    after, bad = compute(heir, device, ids, others=named)
+    assert torch.equal(after, before)
+    assert bad == []
+    assert all(map(heir.is_sound, [*held, expert(3)]))
+    # Layer 1 has no form here, so its experts were freed.
+    with pytest.raises(NotHere):
+        heir.read(expert(0, layer=1))
+    with pytest.raises(Busy):
+        keep(heir, expert(2, 6), weights(13))
+    heir.drop(expert(2))
+    keep(heir, expert(2, 6), weights(13))
+    assert torch.equal(compute(heir, device, ids, others=named)[0], before)
+    heir.close()
+
+
+def test_what_was_loaded_stays(made: Made, device: torch.device) -> None:
+    memory, _ = made
+    keep(memory, expert(0), weights(0))
+    heir = another(device)
+    keep(heir, expert(1), weights(1))
+    left = left_by(memory)
+    with pytest.raises(ValueError, match="loaded meanwhile"):
+        heir.adopt(left, {0: LAYERS[0].form()})
+    left.close()
+    assert torch.equal(heir.read(expert(1))["up"].cpu(), weights(1).up)
+    heir.close()

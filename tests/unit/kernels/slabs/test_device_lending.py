@@ -35,7 +35,9 @@ def layer(*, bias: bool = False) -> SlotLayer:
 
 def slab_of(*, bias: bool = False) -> DeviceSlab:
     layers = {3: layer(bias=bias), 5: layer(bias=bias)}
-    return DeviceSlab("m", layers, CPU, HostMemory, chunk_bytes=mmap.PAGESIZE)
+    return DeviceSlab.create(
+        "m", layers, CPU, HostMemory, chunk_bytes=mmap.PAGESIZE, device_name="cpu"
+    )
 
 
 def tensors(number: float, *, bias: bool = False) -> dict[str, Tensor]:

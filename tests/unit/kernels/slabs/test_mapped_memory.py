@@ -149,6 +149,27 @@ def test_memory_outlives_the_process_that_made_it(maker: Made, memory: DeviceMem
     assert free_bytes() - before >= 2 * CHUNK
 
 
+def test_memory_of_a_dead_process_can_be_changed_and_handed_on(
+    maker: Made, memory: DeviceMemory
+) -> None:
+    maker.kill()
+    for chunk, descriptor in enumerate(maker.descriptors):
+        memory.adopt(chunk, descriptor, writable=True)
+    before = free_bytes()
+    numbers = memory.tensor(2 * CHUNK).view(torch.float32)
+    numbers.add_(1.0)
+    other = DeviceMemory(CARD, CHUNK, chunk_bytes=CHUNK)
+    other.adopt(0, memory.descriptor(1))
+    assert float(other.tensor(CHUNK).view(torch.float32).mean()) == 8.0
+    other.close()
+    for chunk in (0, 1):
+        memory.unmap(chunk)
+    for descriptor in maker.descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+    assert free_bytes() - before >= 2 * CHUNK
+
+
 def test_memory_that_was_mapped_to_be_read_cannot_be_written(maker: Made) -> None:
     mine, other = maker.descriptors
     os.close(other)
