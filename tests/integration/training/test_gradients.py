@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +16,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moesaic.actors.training.learning import Learning
+from moesaic.actors.transport.shm import ShmSession
 from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import ExpertKey
-from moesaic.cluster.training.contributions import Attempt
+from moesaic.cluster.routing.policy import RouterPolicy
+from moesaic.cluster.training.contributions import Attempt, Contributions
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
 from moesaic.proto.errors import StepLost, Superseded, UnsupportedModel
+from moesaic.proto.expert_pb2 import Frame
 from tests.helpers.models.architectures import tiny_model
-from tests.helpers.pool.serving import Hosts, serving
+from tests.helpers.pool.serving import PATIENT, Hosts, serving
 
 FIRST = Attempt(1, 0, 0)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
@@ -54,11 +60,13 @@ class Trunk:
 
     def __init__(self, pool: Hosts, folder: Path, dtype: torch.dtype, *, borrows: bool) -> None:
         self.pool = pool
-        self.router = pool.router(borrows=borrows)
-        self.learning = Learning(self.router, "m")
         self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
         self.model.requires_grad_(True)
-        connect_experts(self.model, pool.layers, self.learning.layer)
+        self.connect(PATIENT, borrows=borrows)
+
+    def connect(self, policy: RouterPolicy, *, borrows: bool = False) -> None:
+        self.learning = Learning(self.pool.router(borrows=borrows, policy=policy), "m")
+        connect_experts(self.model, self.pool.layers, self.learning.layer)
         self.learning.watch(self.model)
 
     def begin(self, attempt: Attempt = FIRST, *, exact: bool = False) -> None:
@@ -207,3 +215,56 @@ def test_a_host_that_is_gone_ends_the_attempt(folder: Path) -> None:
         trunk.pool.hosts[0].close()
         with pytest.raises(StepLost, match="host-0"):
             loss.backward()
+
+
+class Disturbed:
+    """Answers to backward calls that are lost, damaged or late, at random."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self._send = ShmSession.send_reply
+
+    def send_reply(self, session: ShmSession, frame: Frame, buffer: Tensor) -> None:
+        (kind,) = self._random.choices(["lost", "damaged", "late", "sent"], [20, 5, 5, 70])
+        self.counts[kind] += 1
+        if kind == "late":
+            time.sleep(1.5 * HASTY.attempt_s)
+        if kind == "damaged":
+            buffer[0] ^= 1
+        if kind != "lost":
+            self._send(session, frame, buffer)
+
+
+HASTY = RouterPolicy(deadline_s=20.0, attempt_s=0.1, probe_s=0.05, retry_burst=100)
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_answers_that_are_lost_damaged_or_late_change_no_gradient(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, doubled: bool
+) -> None:
+    """``doubled``: a host that did not know its parts again would be found out."""
+    disturbed = Disturbed(3)
+    microbatches = [IDS[:, : 3 + number] for number in range(5)]
+    plain = plain_model(folder, torch.float64)
+    with training(folder, hosts=2) as trunk:
+        trunk.connect(HASTY)
+        trunk.begin()
+        for ids in microbatches:
+            loss_of(plain, ids).backward()
+            loss = loss_of(trunk.model, ids)
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    ShmSession,
+                    "send_reply",
+                    lambda session, frame, buffer: disturbed.send_reply(session, frame, buffer),
+                )
+                if doubled:
+                    patch.setattr(Contributions, "admit", lambda *_: True)
+                loss.backward()
+        assert min(disturbed.counts[kind] for kind in ("lost", "damaged", "late")) > 0
+        if doubled:
+            with pytest.raises(AssertionError):
+                assert_equal(trunk, trunk.gradients(), plain, 1e-12)
+        else:
+            assert_equal(trunk, trunk.gradients(), plain, 1e-12)

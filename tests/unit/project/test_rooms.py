@@ -56,14 +56,15 @@ actors/engine                       proto cluster cluster/reports cluster/routin
                                     actors/text
 actors/engine/transformers_backend  proto cluster/routing actors/engine
 actors/router                       proto kernels kernels/grouped kernels/slabs models/trunk
-                                    cluster cluster/load cluster/routing cluster/spec
+                                    cluster cluster/load cluster/routing cluster/training
                                     actors/runtime actors/transport actors/transport/grpc
                                     actors/engine
+actors/training                     proto cluster cluster/training actors/router
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
                                     actors/runtime actors/text actors/engine actors/router
-actors/host                         proto kernels kernels/slabs models/folder
+actors/host                         proto kernels kernels/backward kernels/slabs models/folder
                                     models/trunk cluster cluster/host cluster/reports
-                                    cluster/routing actors/runtime actors/transport
+                                    cluster/routing cluster/training actors/runtime actors/transport
                                     actors/transport/grpc
 actors/simulator                    proto kernels models/trunk cluster cluster/load cluster/host
                                     cluster/routing cluster/planner cluster/control
@@ -89,7 +90,7 @@ actors/preflight                    proto models models/folder models/trunk clus
                                     actors/runtime actors/engine
 actors/serve                        proto models models/folder cluster cluster/reports
                                     cluster/service cluster/routing cluster/scaling cluster/spec
-                                    actors/runtime actors/engine actors/router actors/trunk
+                                    actors/runtime actors/engine actors/trunk
                                     actors/router_service actors/controller actors/endpoint
                                     actors/endpoint/http actors/preflight
 """
