@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
 from ...proto.errors import UnsupportedModel
+from .routing_record import once_in_a_layer
 
 IMPLEMENTATION = "moesaic"
 
@@ -62,7 +63,7 @@ class _Learning(torch.autograd.Function):
     ) -> Tensor:
         ctx.pool, ctx.call = pool, pool.begin()
         ctx.save_for_backward(x_TH, ids_TK, w_TK)
-        return pool.forward(x_TH, ids_TK, w_TK)
+        return once_in_a_layer(lambda: pool.forward(x_TH, ids_TK, w_TK))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -89,7 +90,7 @@ def experts_forward(module: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK:
     if callable(pool):
         return _InPool.apply(pool, x_TH, ids_TK, weights_TK)  # pyright: ignore[reportReturnType]
     if not torch.is_grad_enabled():
-        return pool.forward(x_TH, ids_TK, weights_TK)
+        return once_in_a_layer(lambda: pool.forward(x_TH, ids_TK, weights_TK))
     # Experts learn whatever else does: autograd only visits nodes with an input that needs it.
     anchor = torch.empty(0, requires_grad=True)
     given = pool, anchor, x_TH, ids_TK, weights_TK

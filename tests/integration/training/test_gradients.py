@@ -22,6 +22,7 @@ from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.contributions import Attempt, Contributions
 from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.routing_record import RoutingRecord, record_routing
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
 from moesaic.proto.errors import StepLost, Superseded, UnsupportedModel
 from moesaic.proto.expert_pb2 import Frame
@@ -68,6 +69,7 @@ class Trunk:
         self.learning = Learning(self.pool.router(borrows=borrows, policy=policy), "m")
         connect_experts(self.model, self.pool.layers, self.learning.layer)
         self.learning.watch(self.model)
+        record_routing(self.model)
 
     def begin(self, attempt: Attempt = FIRST, *, exact: bool = False) -> None:
         for host in self.pool.hosts:
@@ -268,3 +270,62 @@ def test_answers_that_are_lost_damaged_or_late_change_no_gradient(
                 assert_equal(trunk, trunk.gradients(), plain, 1e-12)
         else:
             assert_equal(trunk, trunk.gradients(), plain, 1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpointed_layers_ask_the_pool_once(
+    architecture: str, reentrant: bool, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path, architecture)
+    plain = plain_model(folder, torch.float64)
+    loss_of(plain).backward()
+    with training(folder) as trunk:
+        enable_checkpointing(trunk.model, reentrant=reentrant)
+        trunk.begin()
+        loss_of(trunk.model).backward()
+        assert trunk.learning.router.stats().calls == len(trunk.pool.layers)
+        tolerance = 1e-6 if architecture in FLOAT32_GATES else 1e-12
+        assert_equal(trunk, trunk.gradients(), plain, tolerance)
+
+
+def enable_checkpointing(model: Any, *, reentrant: bool) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()  # or nothing before the first layer would learn
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_gate_that_computes_something_else_again_chooses_the_same_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """Where three experts are nearly alike, the last bits decide which two are chosen."""
+    if not recorded:
+        monkeypatch.setattr(RoutingRecord, "run", lambda _, function, *args: function(*args))
+    model = tiny_model("mixtral")
+    for gate in gates_of(model):
+        gate.weight.data[1::3] = gate.weight.data[0::3] * 1.000001
+        gate.weight.data[2::3] = gate.weight.data[0:6:3] * 1.000002
+    model.save_pretrained(tmp_path)
+    plain = plain_model(tmp_path, torch.float64)
+    loss_of(plain).backward()
+    with training(tmp_path) as trunk:
+        enable_checkpointing(trunk.model, reentrant=False)
+        trunk.begin()
+        loss = loss_of(trunk.model)
+        for gate in gates_of(trunk.model):
+            noise = torch.linspace(-1e-5, 1e-5, gate.weight.numel(), dtype=gate.weight.dtype)
+            gate.weight.data = gate.weight.data + noise.view(gate.weight.shape)
+        loss.backward()
+        found = trunk.gradients()
+    worst = max(
+        float((found[key][name] - wanted).abs().max() / wanted.abs().max())
+        for key, tensors in expected(plain)[1].items()
+        for name, wanted in tensors.items()
+        if key in found
+    )
+    assert (worst < 1e-3) == recorded, worst
+
+
+def gates_of(model: Any) -> list[Any]:
+    return [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
