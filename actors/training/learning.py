@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ...cluster.expert_keys import LayerKey
@@ -34,9 +35,13 @@ class ForwardCall:
 class Learning:
     """The microbatches of one trunk, and the attempt at a step that they belong to."""
 
-    def __init__(self, router: Router, model: str) -> None:
-        """Take the trunk's router, which has connections to the hosts of ``model``."""
+    def __init__(self, router: Router, model: str, dtype: torch.dtype) -> None:
+        """Take the trunk's router, which has connections to the hosts of ``model``.
+
+        ``dtype`` is that of the model's experts.
+        """
         self.router = router
+        self.dtype = dtype
         self._model = model
         self._attempt: Attempt | None = None
         self._microbatch = 0
@@ -109,6 +114,10 @@ class LearningLayer:
     def __init__(self, learning: Learning, key: LayerKey) -> None:
         self._learning = learning
         self._key = key
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._learning.dtype
 
     def begin(self) -> ForwardCall:
         return self._learning.forward_call()

@@ -24,6 +24,11 @@ PoolFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 class LearningPool(Protocol):
     """The pool for a layer whose experts are trained."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the experts, in which they take hidden states."""
+        ...
+
     def begin(self) -> object:
         """Return what names a call's gradients, for `backward`."""
         ...
@@ -89,12 +94,13 @@ def experts_forward(module: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK:
         )
     if callable(pool):
         return _InPool.apply(pool, x_TH, ids_TK, weights_TK)  # pyright: ignore[reportReturnType]
+    given_dtype, x_TH = x_TH.dtype, x_TH.to(pool.dtype)  # autocast may have narrowed it
     if not torch.is_grad_enabled():
-        return once_in_a_layer(lambda: pool.forward(x_TH, ids_TK, weights_TK))
+        return once_in_a_layer(lambda: pool.forward(x_TH, ids_TK, weights_TK)).to(given_dtype)
     # Experts learn whatever else does: autograd only visits nodes with an input that needs it.
     anchor = torch.empty(0, requires_grad=True)
-    given = pool, anchor, x_TH, ids_TK, weights_TK
-    return _Learning.apply(*given)  # pyright: ignore[reportReturnType]
+    found: Any = _Learning.apply(pool, anchor, x_TH, ids_TK, weights_TK)
+    return found.to(given_dtype)
 
 
 ExpertsInterface.register(IMPLEMENTATION, experts_forward)

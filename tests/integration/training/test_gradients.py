@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.contributions import Attempt, Contributions
 from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.in_pool import experts_forward
 from moesaic.models.trunk.routing_record import RoutingRecord, record_routing
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
 from moesaic.proto.errors import StepLost, Superseded, UnsupportedModel
@@ -60,13 +62,13 @@ class Trunk:
     """A trunk that learns, over hosts in this process."""
 
     def __init__(self, pool: Hosts, folder: Path, dtype: torch.dtype, *, borrows: bool) -> None:
-        self.pool = pool
+        self.pool, self.dtype = pool, dtype
         self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
         self.model.requires_grad_(True)
         self.connect(PATIENT, borrows=borrows)
 
     def connect(self, policy: RouterPolicy, *, borrows: bool = False) -> None:
-        self.learning = Learning(self.pool.router(borrows=borrows, policy=policy), "m")
+        self.learning = Learning(self.pool.router(borrows=borrows, policy=policy), "m", self.dtype)
         connect_experts(self.model, self.pool.layers, self.learning.layer)
         self.learning.watch(self.model)
         record_routing(self.model)
@@ -159,6 +161,48 @@ def test_gradients_of_several_microbatches(
             loss_of(plain, ids).backward()
             loss_of(trunk.model, ids).backward()
         assert_equal(trunk, trunk.gradients(), plain, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_autocast(folder: Path) -> None:
+    """Experts compute in their own type; around them bfloat16 rounds."""
+    plain = plain_model(folder, torch.float32)
+    with training(folder, dtype=torch.float32) as trunk:
+        trunk.begin()
+        for model in (plain, trunk.model):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model)
+            loss.backward()
+        assert_equal(trunk, trunk.gradients(), plain, 0.05)
+
+
+def test_16_bit_experts(folder: Path) -> None:
+    plain = plain_model(folder, torch.bfloat16)
+    with training(folder, dtype=torch.bfloat16) as trunk:
+        trunk.begin()
+        for model in (plain, trunk.model):
+            loss_of(model).backward()
+        found = trunk.gradients()
+        assert {t.dtype for tensors in found.values() for t in tensors.values()} == {torch.float32}
+        assert_equal(trunk, found, plain, 0.1)
+
+
+def test_a_microbatch_without_rows_and_experts_without_tokens(folder: Path) -> None:
+    one = torch.tensor([[7, 7]])
+    plain = plain_model(folder, torch.float64)
+    with training(folder, hosts=3) as trunk:
+        trunk.begin()
+        for model in (plain, trunk.model):
+            loss_of(model, one).backward()
+        layer = trunk.learning.layer(1)
+        x = torch.zeros(0, 32, dtype=torch.float64, requires_grad=True)
+        ids, weights = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.float64)
+        found: Any = experts_forward(SimpleNamespace(pool=layer), x, ids, weights)  # pyright: ignore[reportArgumentType]
+        found.sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        found = trunk.gradients()
+        assert 0 < len(found) < 16, "one token uses few experts"
+        assert_equal(trunk, found, plain, 1e-12)
 
 
 def test_experts_learn_where_nothing_of_the_trunk_does(folder: Path) -> None:
