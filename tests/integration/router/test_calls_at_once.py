@@ -50,7 +50,7 @@ def pool(folder: Path) -> Iterator[Hosts]:
 
 def is_free(router: Router) -> bool:
     with router._lock:
-        router._wait(time.monotonic() + 0.02)
+        router._waiting.until(time.monotonic() + 0.02)
     hosts = router._dispatcher.hosts.values()
     return not router._shell.running and not any(health.occupied for health in hosts)
 

@@ -117,7 +117,7 @@ def test_lost_answers_cost_a_deadline_each_and_no_slot_for_ever(
 def _free(router: Router) -> bool:
     """Hear what is still to come; True once no slot is taken."""
     with router._lock:
-        router._wait(time.monotonic() + 0.02)
+        router._waiting.until(time.monotonic() + 0.02)
     return not any(health.occupied for health in router._dispatcher.hosts.values())
 
 

@@ -40,8 +40,9 @@ from moesaic.proto.errors import (
     UnsupportedModel,
     from_wire,
 )
-from moesaic.proto.expert_pb2 import BFLOAT16, Frame
+from moesaic.proto.expert_pb2 import BFLOAT16, FLOAT32, Frame
 from moesaic.proto.keys import secret_of_process
+from moesaic.proto.wire import CallLayout
 from tests.helpers.pool.host_calls import KEY, LAYER, ask
 from tests.helpers.pool.pools import granted
 from tests.helpers.pool.served_pool import MAX_BODY, ServedPool
@@ -118,12 +119,16 @@ def no_frame_for_hosts(served: ServedPool) -> None:
 
 
 def backward(served: ServedPool) -> None:
+    """One that nobody has begun an attempt for."""
     channel = connect(served.hosts[0].entry(), "shm", router="bad", slots=1)
     with closing(channel):
         hear(channel)
         frame = Frame()
-        frame.backward.call.seq = 9
-        channel.send(frame)
+        call = frame.backward.call
+        call.seq, call.rows, call.hidden, call.top_k, call.dtype = 9, 1, 32, 1, FLOAT32
+        layout = CallLayout.of(1, 32, 1, torch.float32, False, backward=True)
+        call.payload_bytes = layout.call_bytes
+        channel.send_call(frame, layout, lambda buffer: None)
         refusal = hear(channel)[0].frame.refusal
         assert refusal.seq == 9
         raise from_wire(refusal.code, refusal.message)
@@ -265,7 +270,7 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("wire-checksum", wire(checksum=1), Corrupted, "call 1: its tensors do not match its checksum"),
     ("wire-checksum-grpc", wire("grpc", checksum=1), Corrupted, "call 1: its tensors"),
     ("wire-seq", wire(times=2), CallError, "seq: call 1 is in progress already"),
-    ("wire-backward", backward, CallError, "backward: this host only serves"),
+    ("wire-backward", backward, NotHere, "attempt 0 at step 0 of run 0: none has begun here"),
     ("wire-garbage", garbage, HostLost, "closed"),
     ("wire-kind", no_frame_for_hosts, HostLost, "closed"),
     ("put-shape", put(down=torch.zeros(32, 47)), CallError, "'down': (32, 47)"),

@@ -31,7 +31,7 @@ from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.host.fence import Fence
 from moesaic.cluster.load.meter import LoadReport
 from moesaic.cluster.placement import Placement, PlacementId, Replica
-from moesaic.cluster.routing import dispatch
+from moesaic.cluster.routing import step_versions
 from moesaic.cluster.routing.host_health import HostHealth
 from moesaic.cluster.scaling.fleet import Fleet
 from moesaic.cluster.weight_updates import WeightUpdates
@@ -205,7 +205,7 @@ EVICTED = "nothing is evicted under a live router"
 
 
 def change_versions_within_a_call(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(dispatch, "until_step_ends", lambda followed, newer: newer)
+    patch.setattr(step_versions, "until_step_ends", lambda followed, newer: newer)
 
 
 def forget_the_versions_of_the_controller_before(patch: pytest.MonkeyPatch) -> None:
