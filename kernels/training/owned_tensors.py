@@ -114,8 +114,9 @@ class OwnedTensors(Generic[K]):
     def own(self, key: K, tensors: Mapping[str, Tensor], group: int = 0) -> None:
         """Become the owner of a key's tensors, whose hyperparameters are those of ``group``.
 
-        Contiguous float32 and float64 tensors are not copied: they become their own masters, and
-        commits change them in place. Raises BadInput for tensors that cannot be trained.
+        Contiguous float32 and float64 tensors are not copied, unless they were made in inference
+        mode: they become their own masters, and commits change them in place. Raises BadInput for
+        tensors that cannot be trained.
         """
         self._check_new(key)
         made = {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,9 +198,9 @@ def test_a_decision_that_cannot_be_applied_changes_nothing(
 def test_an_owner_whose_update_failed_in_the_middle_says_so_from_then_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    owner = owner_of(1, 2)
-    owner.prepare("a", 1, draw(11))
-    owner.prepare("a", 2, draw(12))
+    owner = owner_of(1, 2, 3)
+    for key in owner:
+        owner.prepare("a", key, draw(10 + key))
     whole, updated = torch.optim.AdamW.step, []
 
     def step(self: torch.optim.AdamW) -> None:
@@ -221,7 +223,7 @@ def test_an_owner_whose_update_failed_in_the_middle_says_so_from_then_on(
         lambda: owner.weights(1),
         lambda: owner.state(1),
         lambda: owner.disown(1),
-        lambda: owner.own(3, draw(3)),
+        lambda: owner.own(4, draw(4)),
     ):
         with pytest.raises(InternalError, match=message):
             call()
@@ -269,31 +271,59 @@ def test_wide_tensors_are_their_own_masters() -> None:
     assert not equal(mine, draw(1))
 
 
-def test_strides_do_not_show() -> None:
+@pytest.mark.parametrize("turned", ["weight", "gradient", "both"])
+def test_strides_do_not_show(turned: str) -> None:
     """Fused optimizers ignore them."""
-    plain, turned = OwnedTensors(UpdateRule("AdamW")), OwnedTensors(UpdateRule("AdamW"))
+    plain, other = OwnedTensors[int](UpdateRule("AdamW")), OwnedTensors[int](UpdateRule("AdamW"))
     weight, gradient = draw(1)["up"], draw(2)["up"]
     plain.own(1, {"up": weight.clone()})
-    turned.own(1, {"up": weight.t().contiguous().t()})
     plain.prepare("a", 1, {"up": gradient.clone()})
-    turned.prepare("a", 1, {"up": gradient.t().contiguous().t()})
-    for owner in (plain, turned):
+    if turned != "gradient":
+        weight = weight.t().contiguous().t()
+    if turned != "weight":
+        gradient = gradient.t().contiguous().t()
+    other.own(1, {"up": weight})
+    other.prepare("a", 1, {"up": gradient})
+    for owner in (plain, other):
         owner.commit("a", 0.5, LR)
-    assert torch.equal(plain.weights(1)["up"], turned.weights(1)["up"])
+    assert torch.equal(plain.weights(1)["up"], other.weights(1)["up"])
+    assert all(tensor.is_contiguous() for tensor in other.state(1).values())
 
 
-def test_what_is_made_in_inference_mode_is_changed_outside_of_it_and_inside() -> None:
-    usual, odd = owner_of(1), OwnedTensors[int](UpdateRule("AdamW", weight_decay=0.1))
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])  # fused, and not
+def test_what_is_made_in_inference_mode_is_changed_outside_of_it_and_inside(name: str) -> None:
+    usual, odd = (OwnedTensors[int](UpdateRule(name, weight_decay=0.1)) for _ in range(2))
+    usual.own(1, draw(1))
     with torch.inference_mode():
         odd.own(1, draw(1))
         odd.prepare("a", 1, draw(11))
         odd.commit("a", 0.5, LR)
         odd.prepare("b", 1, draw(12))
+        state, weights = odd.state(1), odd.weights(1)
+    kept = [one for entry, one in state.items() if not entry.endswith(".commits")]
+    assert not any(tensor.is_inference() for tensor in [*kept, *weights.values()])
     odd.commit("b", 0.5, LR)
     for attempt, seed in (("a", 11), ("b", 12)):
         usual.prepare(attempt, 1, draw(seed))
         usual.commit(attempt, 0.5, LR)
     assert equal(everything(usual), everything(odd))
+
+
+@pytest.mark.parametrize("end", ["commit", "abandon", "disown"])
+def test_the_memory_of_gradients_is_freed(end: str) -> None:
+    owner = owner_of(1)
+    memory = {name: numpy.ones(shape, numpy.float32) for name, shape in SHAPES.items()}
+    owner.prepare("a", 1, {name: torch.from_numpy(one) for name, one in memory.items()})
+    held = [weakref.ref(one) for one in memory.values()]
+    del memory
+    assert all(one() is not None for one in held)
+    if end == "commit":
+        owner.commit("a", 1.0, LR)
+    elif end == "abandon":
+        owner.abandon()
+    else:
+        owner.disown(1)
+    assert [one() for one in held] == [None] * 3
 
 
 def test_groups_have_their_own_hyperparameters() -> None:

@@ -32,6 +32,8 @@ from moesaic.proto.errors import BadInput
         ("AdamW", {"amsgrad": 1}, "amsgrad: 1 must be like"),
         ("SGD", {"nesterov": True}, "nesterov: True: .*requires a momentum"),
         ("Adafactor", {"eps": (None, "x")}, r"eps: \(None, 'x'\) must be like"),
+        ("Muon", {"ns_steps": 1.5}, "ns_steps: 1.5: TypeError"),
+        ("Muon", {"ns_steps": 1000}, "ns_steps: 1000: .*less than 100"),
         ("Muon", {"adjust_lr_fn": "no"}, "adjust_lr_fn: 'no': .*not supported"),
     ],
 )
