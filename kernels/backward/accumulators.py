@@ -93,7 +93,7 @@ class GradientAccumulators:
     def squared_norms(self) -> dict[Hashable, dict[str, float]]:
         """Return the sum of squares of each tensor, as it would be taken, added up in float64."""
         return {
-            key: {name: _sum_of_squares(one.rounded()) for name, one in sums.items()}
+            key: {name: sum_of_squares(one.rounded()) for name, one in sums.items()}
             for key, sums in self._sums.items()
         }
 
@@ -126,8 +126,16 @@ class GradientAccumulators:
         return found
 
 
-def _sum_of_squares(tensor: Tensor) -> float:
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    pieces = rows.split(max(1, _ELEMENTS_OF_A_PIECE // rows.shape[1]))
-    # `fsum` makes no rounding error of its own, so how the tensor is cut does not show.
-    return math.fsum(row for piece in pieces for row in piece.double().square().sum(dim=1).tolist())
+def sum_of_squares(tensor: Tensor) -> float:
+    """Return the sum of the squares of all elements, added up in float64.
+
+    It is NaN or infinite if some element is, or if the sum is too large for float64.
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    pieces = rows.split(max(1, _ELEMENTS_OF_A_PIECE // max(1, rows.shape[1])))
+    squares = (row for piece in pieces for row in piece.double().square().sum(dim=1).tolist())
+    try:
+        # `fsum` makes no rounding error of its own, so how the tensor is cut does not show.
+        return math.fsum(squares)
+    except OverflowError:
+        return math.inf

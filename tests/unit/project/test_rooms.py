@@ -24,6 +24,7 @@ proto                               -
 kernels                             -
 kernels/grouped                     -
 kernels/backward                    kernels kernels/grouped
+kernels/training                    proto kernels kernels/backward
 kernels/slabs                       kernels kernels/grouped
 models/folder                       proto
 models/trunk                        proto kernels models/folder
@@ -39,6 +40,7 @@ cluster/host                        proto cluster
 cluster/training                    proto cluster
 cluster/routing                     cluster cluster/load
 cluster/planner                     cluster
+cluster/training                    proto cluster
 cluster/control                     cluster cluster/load cluster/planner cluster/reports
 cluster/scaling                     cluster/load cluster/planner cluster/reports
                                     cluster/control
