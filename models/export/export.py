@@ -23,7 +23,7 @@ from ..folder.files import INDEX_FILE
 from ..folder.tokenizer import tokenizer_files
 from ..trunk.experts_layers import expert_parameters
 from .draft import new_folder
-from .plan import MAX_SHARD_BYTES, ExportPlan, plan_export, trunk_tensors
+from .plan import ExportPlan, trunk_tensors
 from .tensor_file import TensorFile
 
 # layer -> (expert, its tensors by their names in the pool) of each expert of the layer, in any
@@ -33,25 +33,23 @@ ExpertsOf = Callable[[int], Iterable[tuple[int, Mapping[str, Tensor]]]]
 
 def export_model(
     target: Path,
+    plan: ExportPlan,
     trunk: PreTrainedModel,
     experts: ExpertsOf,
     *,
-    dtype: torch.dtype | None = None,
     source: Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
     """Write the folder ``target``, whole or not at all, of ``trunk`` and ``experts``.
 
-    ``trunk`` has no experts (`strip_experts`); ``dtype`` is that of the experts, by default the
-    trunk's. ``source`` is a folder whose tokenizer is copied. Besides the trunk, memory is needed
-    for one layer's experts twice: as they are in the model, and as they are on disk.
+    ``plan`` is that of the trunk, which may have other values by now. ``source`` is a folder whose
+    tokenizer is copied. Any thread may call this; the tensors must not change meanwhile. Besides
+    the trunk, memory is needed for one layer's experts twice: as they are in the model, and as they
+    are on disk.
 
-    Raises UnsupportedModel, before anything is written, for a model that cannot be exported, and
-    CheckpointError if ``experts`` are not those of the model or the folder cannot be written; also
-    if it exists, unless ``overwrite``.
+    Raises CheckpointError if ``experts`` are not those of the model or the folder cannot be
+    written; also if it exists, unless ``overwrite``.
     """
-    plan = plan_export(trunk, dtype=dtype, max_shard_bytes=max_shard_bytes)
     with writing(target, overwrite=overwrite) as draft:
         write_model(draft, plan, trunk, experts, source)
 
@@ -67,9 +65,7 @@ def writing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             f"{target}: exists already; give another folder, or say that it is to be overwritten"
         ) from error
     except OSError as error:
-        raise CheckpointError(
-            f"{target}: cannot be written: {describe_error(error)}; nothing of it was kept"
-        ) from error
+        raise CheckpointError(f"{target}: cannot be written: {describe_error(error)}") from error
 
 
 def write_model(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -63,7 +64,9 @@ def plan_export(
 ) -> ExportPlan:
     """Plan the folder of ``trunk`` and its experts, which have ``dtype``, or that of the trunk.
 
-    Raises UnsupportedModel for a model that cannot be exported.
+    The trunk has no experts (`strip_experts`). One plan serves any number of folders. It is made
+    where no other thread makes tensors, because transformers changes the default dtype of the
+    process while it builds a model. Raises UnsupportedModel for a model that cannot be exported.
     """
     name = type(trunk).__name__
     if getattr(trunk, "hf_quantizer", None) or getattr(trunk.config, "quantization_config", None):
@@ -79,7 +82,8 @@ def plan_export(
     generation = trunk.generation_config if trunk.can_generate() else None
     if generation is not None:
         _check_generation(name, generation)
-    model, plain = meta_model(trunk.config), meta_model(trunk.config, adapted=False)
+    model: Any = meta_model(trunk.config)
+    plain: Any = meta_model(trunk.config, adapted=False)
     # Those with which the whole model was loaded, so that tensors get the names that they had.
     known = getattr(trunk, "_weight_conversions", None)
     plain._weight_conversions = known

@@ -49,7 +49,11 @@ class TensorFile:
         self._data = 8 + len(text)
         self._left = dict(tensors)
         self._opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._write(len(text).to_bytes(8, "little") + text, 0)
+        try:
+            self._write(len(text).to_bytes(8, "little") + text, 0)
+        except OSError:
+            os.close(self._opened)
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one of the tensors, once. Raises OSError."""
@@ -60,7 +64,7 @@ class TensorFile:
                 f"{wanted.dtype} {tuple(wanted.shape)}"
             )
         octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._write(memoryview(octets.numpy()), self._data + self._begins[name])
+        self._write(octets.numpy().data, self._data + self._begins[name])
 
     def _write(self, octets: bytes | memoryview, place: int) -> None:
         while len(octets):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.models.export.export import ExpertsOf, export_model
 from moesaic.models.export.plan import plan_export
+from moesaic.models.export.write_checkpoint import write_checkpoint
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.models.trunk.trunk import strip_experts
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
@@ -60,12 +61,10 @@ def test_the_folder_is_that_of_save_pretrained(
     whole = loaded(tmp_path / "source", dtype)
     shard = SMALL_SHARDS if dtype == torch.float32 else 10**9
     whole.save_pretrained(tmp_path / "expected", max_shard_size=shard)
-    export_model(
-        tmp_path / "found",
-        trunk_of(tmp_path / "source", dtype),
-        experts_of(checkpoint(tmp_path / "source", dtype)),
-        max_shard_bytes=shard,
-    )
+    trunk = trunk_of(tmp_path / "source", dtype)
+    plan = plan_export(trunk, max_shard_bytes=shard)
+    experts = experts_of(checkpoint(tmp_path / "source", dtype))
+    export_model(tmp_path / "found", plan, trunk, experts)
     assert_same_files(tmp_path / "found", tmp_path / "expected")
     again = loaded(tmp_path / "found", dtype).state_dict()
     assert again.keys() == whole.state_dict().keys()
@@ -81,13 +80,12 @@ def test_the_folder_is_that_of_save_pretrained(
 def test_tensors_are_in_the_files_that_transformers_would_choose(
     name: str, shard: int, tmp_path: Path
 ) -> None:
-    whole = saved(tmp_path / "source", name)
+    saved(tmp_path / "source", name)
     whole = loaded(tmp_path / "source", torch.float32)
     whole.save_pretrained(tmp_path / "expected", max_shard_size=shard)
-    found = checkpoint(tmp_path / "source")
-    export_model(
-        tmp_path / "found", trunk_of(tmp_path / "source"), experts_of(found), max_shard_bytes=shard
-    )
+    trunk = trunk_of(tmp_path / "source")
+    plan = plan_export(trunk, max_shard_bytes=shard)
+    export_model(tmp_path / "found", plan, trunk, experts_of(checkpoint(tmp_path / "source")))
     assert_same_files(tmp_path / "found", tmp_path / "expected")
 
 
@@ -112,7 +110,7 @@ def test_a_model_that_was_whole_in_memory(name: str, read: bool, tmp_path: Path)
     if read:
         model = loaded(tmp_path / "expected", torch.float32)
     experts = in_memory(model)
-    export_model(tmp_path / "found", model.requires_grad_(True), experts)
+    export_model(tmp_path / "found", plan_export(model), model.requires_grad_(True), experts)
     assert_same_files(tmp_path / "found", tmp_path / "expected")
 
 
@@ -120,7 +118,8 @@ def test_experts_may_have_another_dtype_than_the_trunk(tmp_path: Path) -> None:
     saved(tmp_path / "source")
     found = checkpoint(tmp_path / "source", torch.bfloat16)
     trunk = trunk_of(tmp_path / "source")
-    export_model(tmp_path / "found", trunk, experts_of(found), dtype=torch.bfloat16)
+    plan = plan_export(trunk, dtype=torch.bfloat16)
+    export_model(tmp_path / "found", plan, trunk, experts_of(found))
     again = checkpoint(tmp_path / "found", torch.bfloat16)
     for name, tensor in found.read(1, 2).tensors().items():
         assert torch.equal(again.read(1, 2).tensors()[name], tensor)
@@ -131,13 +130,8 @@ def test_experts_may_have_another_dtype_than_the_trunk(tmp_path: Path) -> None:
 def test_the_tokenizer_is_copied(tmp_path: Path) -> None:
     saved(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
-    found = checkpoint(tmp_path / "source")
-    export_model(
-        tmp_path / "found",
-        trunk_of(tmp_path / "source"),
-        experts_of(found),
-        source=tmp_path / "source",
-    )
+    trunk, experts = trunk_of(tmp_path / "source"), experts_of(checkpoint(tmp_path / "source"))
+    export_model(tmp_path / "found", plan_export(trunk), trunk, experts, source=tmp_path / "source")
     assert_same_files(tmp_path / "found", tmp_path / "source")
 
 
@@ -149,19 +143,21 @@ def test_at_most_one_layer_of_experts_is_in_memory(tmp_path: Path) -> None:
     expert_bytes = found.read(0, 0).nbytes
     layer_bytes = expert_bytes * found.layers[0].num_experts
 
-    def experts(layer: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def experts(layer: int) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
         nonlocal most_given, most_all
         for number, tensors in experts_of(found)(layer):
             alive.update(tensors.values())
             most_given = max(most_given, sum(tensor.nbytes for tensor in alive))
-            most_all = max(most_all, _bytes_of(expert_bytes // 3))
+            if number == 0:  # what earlier layers needed would still be there
+                most_all = max(most_all, _bytes_of(expert_bytes // 3))
             yield number, tensors
             del tensors
 
     trunk = trunk_of(tmp_path / "source")
+    plan = plan_export(trunk)
     gc.collect()
     before = _bytes_of(expert_bytes // 3)
-    export_model(tmp_path / "found", trunk, experts)
+    export_model(tmp_path / "found", plan, trunk, experts)
     assert most_given <= 2 * expert_bytes  # the one before is freed when the next has been read
     assert most_all - before <= layer_bytes + 2 * expert_bytes
 
@@ -179,13 +175,9 @@ def _bytes_of(least: int) -> int:
 # ---- what is refused ----------------------------------------------------------------------------
 
 
-def refused(target: Path, trunk: Any, match: str) -> None:
-    def experts(layer: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        raise AssertionError("nothing is read of a model that cannot be exported")
-
+def refused(trunk: Any, match: str) -> None:
     with pytest.raises(UnsupportedModel, match=match):
-        export_model(target, trunk, experts)
-    assert not list(target.parent.glob(f"*{target.name}*"))
+        plan_export(trunk)
 
 
 def test_what_the_pool_does_not_have_is_named(tmp_path: Path) -> None:
@@ -193,7 +185,6 @@ def test_what_the_pool_does_not_have_is_named(tmp_path: Path) -> None:
         pytest.skip("a newer transformers has it")
     saved(tmp_path / "source", "longcat_flash")
     refused(
-        tmp_path / "found",
         trunk_of(tmp_path / "source"),
         r"experts\.8\.gate_proj\.weight and 11 more: transformers' own model has other tensors",
     )
@@ -203,23 +194,23 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "source")
     trunk: Any = trunk_of(tmp_path / "source")
     trunk.config.quantization_config = {"quant_method": "fp8"}
-    refused(tmp_path / "found", trunk, "its weights are quantised, and only plain floats")
+    refused(trunk, "its weights are quantised, and only plain floats")
 
 
 def test_adapters_of_peft_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "source")
     trunk: Any = trunk_of(tmp_path / "source")
     trunk._hf_peft_config_loaded = True
-    refused(tmp_path / "found", trunk, "adapters of PEFT; merge them")
+    refused(trunk, "adapters of PEFT; merge them")
 
 
 def test_modules_that_were_added_or_removed_are_named(tmp_path: Path) -> None:
     saved(tmp_path / "source")
     trunk: Any = trunk_of(tmp_path / "source")
     trunk.model.layers[0].more = nn.Linear(2, 2)
-    refused(tmp_path / "found", trunk, r"model\.layers\.0\.more\.bias, .*save the model without")
+    refused(trunk, r"model\.layers\.0\.more\.bias, .*save the model without")
     del trunk.model.layers[0].more, trunk.model.norm
-    refused(tmp_path / "found", trunk, r"neither trunk nor experts have model\.norm\.weight")
+    refused(trunk, r"neither trunk nor experts have model\.norm\.weight")
 
 
 def test_a_generation_config_that_transformers_would_not_save(tmp_path: Path) -> None:
@@ -227,7 +218,7 @@ def test_a_generation_config_that_transformers_would_not_save(tmp_path: Path) ->
     trunk: Any = trunk_of(tmp_path / "source")
     trunk.generation_config.do_sample = False
     trunk.generation_config.temperature = 0.5
-    refused(tmp_path / "found", trunk, "generation_config: .*temperature.*; transformers does not")
+    refused(trunk, "generation_config: .*temperature.*; transformers does not")
 
 
 @pytest.mark.parametrize(
@@ -255,8 +246,9 @@ def test_experts_that_do_not_make_the_model_leave_nothing(
         given = list(experts_of(found)(layer))
         return change(given) if layer == 1 else given
 
+    trunk = trunk_of(tmp_path / "source")
     with pytest.raises(CheckpointError, match=match):
-        export_model(tmp_path / "found", trunk_of(tmp_path / "source"), experts)
+        export_model(tmp_path / "found", plan_export(trunk), trunk, experts)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -267,3 +259,40 @@ def test_a_plan_has_all_files_and_no_memory(tmp_path: Path) -> None:
     assert plan.files.keys() == weights
     tensors = [tensor for names in plan.files.values() for tensor in names.values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_a_plan_serves_many_folders_with_other_values(tmp_path: Path) -> None:
+    whole = saved(tmp_path / "source")
+    trunk = trunk_of(tmp_path / "source")
+    plan = plan_export(trunk)
+    experts = experts_of(checkpoint(tmp_path / "source"))
+    export_model(tmp_path / "first", plan, trunk, experts)
+    with torch.no_grad():
+        for parameter in (*trunk.parameters(), *whole.parameters()):
+            parameter.add_(1.0)
+    more = experts_of(checkpoint(tmp_path / "source"))
+
+    def trained(layer: int) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        for expert, tensors in more(layer):
+            yield expert, {name: tensor + 1.0 for name, tensor in tensors.items()}
+
+    export_model(tmp_path / "first", plan, trunk, trained, overwrite=True)
+    whole.save_pretrained(tmp_path / "expected")
+    assert_same_files(tmp_path / "first", tmp_path / "expected")
+
+
+def test_other_threads_keep_their_default_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "source", model={"dtype": torch.bfloat16})
+    trunk = trunk_of(tmp_path / "source", torch.bfloat16)
+    plan = plan_export(trunk)
+    experts = experts_of(checkpoint(tmp_path / "source", torch.bfloat16))
+
+    def refuse(dtype: torch.dtype) -> None:
+        raise AssertionError("the default dtype belongs to all threads")
+
+    monkeypatch.setattr(torch, "set_default_dtype", refuse)
+    with pytest.raises(CheckpointError, match="belongs to all threads"):
+        plan_export(trunk)  # which is therefore made beforehand
+    write_checkpoint(tmp_path / "found", plan, trunk, experts, step=1, run={})
