@@ -22,6 +22,7 @@ from ...proto.errors import CheckpointError, describe_error
 from ..folder.files import INDEX_FILE
 from ..folder.tokenizer import tokenizer_files
 from ..trunk.experts_layers import expert_parameters
+from ..trunk.fitting import first_few
 from .draft import new_folder
 from .plan import ExportPlan, trunk_tensors
 from .tensor_file import TensorFile
@@ -47,7 +48,7 @@ def export_model(
     the trunk, memory is needed for one layer's experts twice: as they are in the model, and as they
     are on disk.
 
-    Raises CheckpointError if ``experts`` are not those of the model or the folder cannot be
+    Raises CheckpointError if trunk or experts are not those of the plan, or the folder cannot be
     written; also if it exists, unless ``overwrite``.
     """
     with writing(target, overwrite=overwrite) as draft:
@@ -92,6 +93,11 @@ def write_model(
                 files[name].write(name, tensor)
 
         own = trunk_tensors(trunk)
+        if differ := own.keys() ^ {name for names in plan.trunk for name in names}:
+            raise CheckpointError(
+                f"{type(trunk).__name__}: {first_few(sorted(differ))}: the trunk has changed since "
+                "the export was planned; plan it again"
+            )
         for names in plan.trunk:
             write({name: own[name].cpu() for name in names})
         for layer in plan.layers:

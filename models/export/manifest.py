@@ -17,13 +17,12 @@ import xxhash
 from torch import Tensor
 
 from ...proto.errors import CheckpointError, describe_error
+from ..folder.expert_file import Place
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 INSTEAD = "copy the folder again, or resume from an older checkpoint"
 _BLOCK_BYTES = 1 << 20
-
-Place = tuple[int, int]  # layer, expert
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ...proto.errors import CheckpointError
 from ..folder.files import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -25,8 +26,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class TensorFile:
     """A new file with room for ``tensors``, which need no memory (meta device).
 
-    Raises OSError, and FileExistsError if the file exists. At the end of a ``with`` block that was
-    not left by an error, all tensors must have been written.
+    Raises OSError, and FileExistsError if the file exists. The end of a ``with`` block raises
+    CheckpointError if not all tensors were written.
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -56,11 +57,14 @@ class TensorFile:
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one of the tensors, once. Raises OSError."""
+        """Write one of the tensors, once.
+
+        Raises OSError, and CheckpointError if it has another dtype or shape.
+        """
         wanted = self._left.pop(name)
         if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
-            raise ValueError(
-                f"{self.file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, and the header says "
+            raise CheckpointError(
+                f"{self.file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, and it should be "
                 f"{wanted.dtype} {tuple(wanted.shape)}"
             )
         octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -77,4 +81,4 @@ class TensorFile:
     def __exit__(self, kind: object, *_: object) -> None:
         os.close(self._opened)
         if kind is None and self._left:
-            raise ValueError(f"{self.file}: {next(iter(self._left))} was not written")
+            raise CheckpointError(f"{self.file}: {next(iter(self._left))} was not written")

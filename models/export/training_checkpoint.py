@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...proto.errors import CheckpointError, describe_error
-from ..folder.expert_file import read_expert
+from ..folder.expert_file import Place, read_expert
 from ..folder.files import open_weights
 from ..trunk.checkpoint import Checkpoint
 from ..trunk.config import read_config, torch_dtype
@@ -26,7 +26,6 @@ from .manifest import (
     INSTEAD,
     MANIFEST_FILE,
     Manifest,
-    Place,
     StoredExpert,
     StoredPart,
     read_manifest,

@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...proto.errors import CheckpointError
-from ..folder.expert_file import write_experts
+from ..folder.expert_file import Place, write_experts
 from ..trunk.checkpoint import Checkpoint
 from .export import ExpertsOf, write_model, writing
 from .manifest import (
     Manifest,
-    Place,
     StoredExpert,
     StoredPart,
     stored_file,
@@ -62,7 +61,7 @@ def write_checkpoint(
     written or exists.
     """
     try:
-        json.dumps(run)
+        run = json.loads(json.dumps(run))  # as it will be read: with keys of text
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"run: its state cannot be written as JSON: {error}") from error
     sums: dict[Place, str] = {}

@@ -296,3 +296,18 @@ def test_other_threads_keep_their_default_dtype(
     with pytest.raises(CheckpointError, match="belongs to all threads"):
         plan_export(trunk)  # which is therefore made beforehand
     write_checkpoint(tmp_path / "found", plan, trunk, experts, step=1, run={})
+
+
+def test_a_trunk_that_is_not_that_of_the_plan_leaves_nothing(tmp_path: Path) -> None:
+    saved(tmp_path / "source")
+    trunk: Any = trunk_of(tmp_path / "source")
+    plan = plan_export(trunk)
+    experts = experts_of(checkpoint(tmp_path / "source"))
+    with pytest.raises(
+        CheckpointError, match=r"is torch\.float64 .*, and it should be torch\.floa"
+    ):
+        export_model(tmp_path / "found", plan, trunk.double(), experts)
+    del trunk.lm_head
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: the trunk has changed since"):
+        export_model(tmp_path / "found", plan, trunk, experts)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

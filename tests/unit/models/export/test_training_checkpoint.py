@@ -149,6 +149,13 @@ def test_a_checkpoint_may_have_weights_alone(source: Path, tmp_path: Path) -> No
     assert [path.name for path in (some / "state").iterdir()] == ["trunk-00001.safetensors"]
 
 
+def test_the_state_of_a_run_is_read_as_json_has_it(source: Path, tmp_path: Path) -> None:
+    run = {"losses": {1: 0.5, 10: 0.25, 2: float("inf")}, "name": "größe", "pair": (1, None)}
+    found = read_checkpoint(written(tmp_path / "found", source, run=run))
+    losses = {"1": 0.5, "10": 0.25, "2": float("inf")}
+    assert found.run == {"losses": losses, "name": "größe", "pair": [1, None]}
+
+
 def test_tensors_that_are_used_again_are_copied(source: Path, tmp_path: Path) -> None:
     buffer = torch.zeros(4)
 
