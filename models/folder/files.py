@@ -20,7 +20,7 @@ _LONGEST_NAME = 200  # no file system has names of more than 255 bytes
 _LFS = b"version https://git-lfs"
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 # Safetensors' names of dtypes.
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -172,9 +172,9 @@ def _headers(file: Path) -> dict[str, Header]:
         for key in keys:
             part = opened.get_slice(key)
             kind = part.get_dtype()
-            if kind not in _DTYPES:
+            if kind not in DTYPES:
                 raise CheckpointError(f"{file}: {key} is {kind}, an unknown dtype")
-            found[key] = Header(file, key, _DTYPES[kind], tuple(part.get_shape()))
+            found[key] = Header(file, key, DTYPES[kind], tuple(part.get_shape()))
         return found
 
 

@@ -20,6 +20,13 @@ _FILES = (
 )
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files in ``folder`` that a tokenizer may be read from. Raises CheckpointError."""
+    # iterdir, because glob does not list links whose target is gone.
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in entries if any(map(path.match, _FILES)) and is_whole(path)]
+
+
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Read the tokenizer in ``folder``, without running code from there.
 
@@ -27,9 +34,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     any file; such a one has no vocabulary, and every prompt would be empty.
     """
     folder = Path(folder)
-    # iterdir, because glob does not list links whose target is gone.
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = [path for path in entries if any(map(path.match, _FILES)) and is_whole(path)]
+    files = tokenizer_files(folder)
     there = any(path.match(pattern) for pattern in _VOCABULARIES for path in files)
     try:
         found: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

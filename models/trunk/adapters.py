@@ -128,7 +128,9 @@ class SwitchExperts(PoolExperts):
             first.act,
             has_gate=False,
             conversions=[
-                WeightConverter(f"experts.*.{disk}.weight", f"experts.{name}", [MergeModulelist()])
+                WeightConverter(
+                    f"experts.expert_*.{disk}.weight", f"experts.{name}", [MergeModulelist()]
+                )
                 for disk, name in (("wi", "up_proj"), ("wo", "down_proj"))
             ],
         )

@@ -27,15 +27,22 @@ from .trunk import meta_model
 class Checkpoint:
     """The experts of one model, in a folder of safetensors files.
 
-    ``model`` is on the meta device, and ``config`` is its configuration. Raises CheckpointError
-    when the folder's tensors do not make the model, trunk and experts.
+    ``model`` is on the meta device, and made of ``config`` if it is not given. Raises
+    CheckpointError when the folder's tensors do not make the model, trunk and experts.
     """
 
-    def __init__(self, path: Path, config: PretrainedConfig, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: PretrainedConfig,
+        *,
+        dtype: torch.dtype,
+        model: PreTrainedModel | None = None,
+    ) -> None:
         self.path = path
         self.config = config
         self.dtype = dtype
-        self.model: PreTrainedModel = meta_model(config)
+        self.model: PreTrainedModel = meta_model(config) if model is None else model
         self.layers: dict[int, ExpertsLayer] = {
             layer.layer: layer for layer in experts_layers(self.model)
         }
@@ -66,6 +73,19 @@ class Checkpoint:
         configuration gives.
         """
         return ExpertWeights.of(self.tensors.read(layer, expert, self._tensor))
+
+    def files(self, layer: int, expert: int) -> list[Path]:
+        """Return the files that have tensors of one expert."""
+        found: set[Path] = set()
+        experts = self.layers[layer]
+        for name, _ in expert_parameters(experts):
+            source = self.tensors.sources[f"{experts.name}.{name}"]
+            found |= {
+                self._stored[key].file
+                for (_, only), key in source.keys.items()
+                if only == expert or not source.per_expert
+            }
+        return sorted(found)
 
     def _tensor(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
         """Read a tensor, dequantised; of a fused one only the expert's ``rows``."""

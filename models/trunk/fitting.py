@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
 )
@@ -99,6 +100,7 @@ class Fitting:
     tensors: dict[str, StoredTensor]  # by their names in a plain checkpoint
     sources: dict[str, Source]  # of parameters and buffers, by their names in the model
     surplus: list[str]  # names on disk of tensors that the model does not use
+    transforms: list[WeightTransform]  # those of transformers that apply to one of the names
     errors: list[str]
 
     def check(self) -> None:
@@ -116,7 +118,8 @@ def fit(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> Fitting
     quantisation = quantisation_of(config, path)
     tensors = stored_tensors(listing.headers, quantisation)
     parameters = model.state_dict()
-    sources, unused = _map(tensors, model, parameters)
+    transforms = get_model_conversion_mapping(model)
+    sources, unused = _map(tensors, model, parameters, [*transforms, *conversions(model)])
     found = _Comparison(path, quantisation, tensors, model, parameters)
     for target, source in sources.items():
         found.compare(target, source)
@@ -134,18 +137,21 @@ def fit(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> Fitting
         tensors=tensors,
         sources=sources,
         surplus=sorted(surplus),
+        transforms=[transform for transform in transforms if transform.was_used()],
         errors=errors,
     )
 
 
 def _map(
-    names: Iterable[str], model: PreTrainedModel, parameters: dict[str, Tensor]
+    names: Iterable[str],
+    model: PreTrainedModel,
+    parameters: dict[str, Tensor],
+    transforms: Sequence[WeightTransform],
 ) -> tuple[dict[str, Source], list[str]]:
     """Map names on disk as transformers does.
 
     Returns {parameter: its source}, and the names that lead to no parameter.
     """
-    transforms = [*get_model_conversion_mapping(model), *conversions(model)]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}

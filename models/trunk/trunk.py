@@ -39,16 +39,18 @@ BROKEN = {
 }
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, *, adapted: bool = True) -> PreTrainedModel:
     """Build the model of ``config`` on the meta device, with shapes and without memory.
 
-    Raises CheckpointError and UnsupportedModel.
+    If not ``adapted``, it is transformers' own model, also where experts need an adapter. Raises
+    CheckpointError and UnsupportedModel.
     """
     auto, _ = _generating_class(config)
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
-            adapt(model)
+            if adapted:
+                adapt(model)
     except CANNOT_BUILD as error:
         raise CheckpointError(
             f"config.json: no model of type {config.model_type!r} can be built of it: "
@@ -175,6 +177,8 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
             f"{path}: {name} has shape {tuple(given)}, the configuration gives {tuple(wanted)}; "
             "config.json or the tensors belong to another model"
         )
+    # `from_pretrained` keeps those of the tensors that it was given, and experts have others.
+    trunk._weight_conversions = fitting.transforms
     trunk.requires_grad_(False)
     return trunk.to(device).eval()
 

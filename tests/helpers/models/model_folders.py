@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.actors.trunk.attach import expert_tensors
+from moesaic.models.export.export import ExpertsOf
 from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE
 from moesaic.models.trunk.checkpoint import Checkpoint
 from moesaic.models.trunk.config import read_config
@@ -39,6 +40,16 @@ def checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
 
 def trunk_of(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return load_trunk(folder, dtype=dtype, device=torch.device("cpu"))
+
+
+def experts_of(found: Checkpoint) -> ExpertsOf:
+    """Its experts, read one by one."""
+
+    def layer(number: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        for expert in range(found.layers[number].num_experts):
+            yield expert, found.read(number, expert).tensors()
+
+    return layer
 
 
 def read_all(folder: Path) -> None:

@@ -28,6 +28,7 @@ kernels/training                    proto kernels kernels/backward
 kernels/slabs                       kernels kernels/grouped
 models/folder                       proto
 models/trunk                        proto kernels models/folder
+models/export                       proto models/folder models/trunk
 models/upcycling                    proto models/folder
 models                              proto models/folder models/upcycling
 
