@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,5 +23,8 @@ def keepers(node: int) -> list[psutil.Process]:
 
 def kept_memory(keeper: psutil.Process) -> list[str]:
     """Memory of models that a keeper has descriptors of."""
-    links = [str(one.readlink()) for one in Path(f"/proc/{keeper.pid}/fd").iterdir()]
+    links = []
+    for one in list(Path(f"/proc/{keeper.pid}/fd").iterdir()):
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            links.append(str(one.readlink()))
     return [link for link in links if "memfd:moesaic:m" in link]
