@@ -267,7 +267,7 @@ def test_calls_of_different_versions_are_not_computed_together() -> None:
     ],
 )
 def test_limits_that_are_not_stated_suit_the_device(
-    stated: dict[str, int], cpu: tuple[int, int, int], gpu: tuple[int, int, int]
+    stated: dict[str, Any], cpu: tuple[int, int, int], gpu: tuple[int, int, int]
 ) -> None:
     for on_gpu, expected in ((False, cpu), (True, gpu)):
         policy = HostLimits(**stated).policy(gpu=on_gpu)
