@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ...cluster.host.residency import HostLimits
     from ...cluster.placement import HostEntry
     from ...cluster.routing.transports import TransportChoice
+    from ...cluster.training.contributions import Attempt
     from .report import HostReport, PlacedModel, Revision
 
 
@@ -95,6 +96,9 @@ class RayExpertHost:
 
     def release(self, gone: Sequence[ExpertVersion], term: int = 0, eviction: int = 1) -> None:
         self._host.release(gone, term, eviction)
+
+    def begin_attempt(self, attempt: Attempt, *, exact: bool = False) -> None:
+        self._host.begin_attempt(attempt, exact=exact)
 
     def leave(self) -> None:
         self._host.leave()
