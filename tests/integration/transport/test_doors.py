@@ -179,8 +179,10 @@ def test_strangers_take_no_thread_and_no_place(monkeypatch: pytest.MonkeyPatch) 
             for _ in range(20)
         ]
         for stream in streams:
-            # Busy: so many at once that gRPC itself turned it away.
-            assert isinstance(_error(lambda s=stream: list(s)), Unauthenticated | Busy)
+            error = _error(lambda s=stream: list(s))
+            # So many at once that gRPC itself turned it away, as Busy or by refusing the stream.
+            refused = isinstance(error, HostLost) and "RST_STREAM with error code 7" in str(error)
+            assert refused or isinstance(error, Unauthenticated | Busy)
             call()
         with served(listener) as second:
             second()
