@@ -234,7 +234,7 @@ def plan_cards(
 def _places(cards: int, processes: Sequence[CardProcess]) -> list[int | None]:
     """Return the number of each process's card as Ray chooses it; None: there is none.
 
-    Ray gives a part of a GPU where least is left beside it, and whole GPUs that nobody uses.
+    Ray puts a part of a GPU on the card with the least left over, and whole GPUs on unused cards.
     """
     left = [_PARTS] * cards
     places: list[int | None] = []

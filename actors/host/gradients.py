@@ -1,7 +1,7 @@
 """A host's part in training: backward calls, and the gradients of its experts that they add up.
 
-The loop's thread alone uses it. What a call's gradients are computed from is kept until its answer
-has been sent, and is added up behind it.
+The loop's thread alone uses it. A trunk waits for the answer to a call, so the host sends that
+first, and adds the gradients of the experts up afterwards.
 
 Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
@@ -42,6 +42,8 @@ class HostGradients:
         """
         if self._contributions.begin(attempt):
             self._sums = GradientAccumulators(exact=exact)
+            self._pending = None
+            self._forms.clear()  # another model may have come under the name of one
 
     def check(self, backward: Backward) -> None:
         """Raise NotHere unless a call is of the attempt under way."""
@@ -52,6 +54,7 @@ class HostGradients:
 
         ``exact`` asks for one row per assignment instead of one sum per token.
         """
+        self.add_up()  # what an error has kept from being added up after its own answer
         backward, layout = pending.frame.backward, pending.layout
         key = LayerKey(backward.call.model, backward.call.layer)
         layer = layer_of(self._store, key, [pending])

@@ -223,7 +223,6 @@ class CpuSums:
 
     def sum(self, lent: LentPart | None) -> Tensor:
         """Add up all answers and what is ``lent``: (T, H)."""
-        self._parts.sort(key=_place)
         return torch.from_numpy(self._sum_exact(lent) if self._exact else self._sum_parts(lent))
 
     def _sum_exact(self, lent: LentPart | None) -> np.ndarray:
@@ -245,6 +244,7 @@ class CpuSums:
     def _sum_parts(self, lent: LentPart | None) -> np.ndarray:
         # Each host answered with one sum per row of its send. If the first part has all rows, it
         # becomes the sum itself, which saves a zeroed array and one addition.
+        self._parts.sort(key=_place)
         out_TH: np.ndarray | None = None
         if lent is not None and lent.out is not None:
             out_TH = lent.out.numpy()
@@ -306,7 +306,6 @@ class DeviceSums:
             stream.wait_event(self._copied)
             for _, part in self._parts:
                 part.record_stream(stream)
-        self._parts.sort(key=_place)
         return self._sum_exact(lent) if self._exact else self._sum_parts(lent)
 
     def _sum_exact(self, lent: LentPart | None) -> Tensor:
@@ -325,6 +324,7 @@ class DeviceSums:
         return out_TH
 
     def _sum_parts(self, lent: LentPart | None) -> Tensor:
+        self._parts.sort(key=_place)
         out_TH = None if lent is None else lent.out
         if out_TH is None:
             out_TH = self._zeros(self._tokens)

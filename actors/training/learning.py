@@ -82,10 +82,25 @@ class Learning:
         """Return the gradients of x and of the weights; hosts add those of their experts up.
 
         Raises StepLost if a host does not answer any more, and BadExpert if gradients are not
-        finite: the attempt is over then.
+        finite. After any error the attempt is over: hosts may lack a part of its gradients.
         """
         if call.attempt != self._attempt:
             raise StepLost(f"the forward pass belongs to {call.attempt}, which is over")
+        try:
+            return self._through_pool(key, call, x_TH, ids_TK, weights_TK, grad_y_TH)
+        except BaseException:
+            self._attempt = None
+            raise
+
+    def _through_pool(
+        self,
+        key: LayerKey,
+        call: ForwardCall,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        grad_y_TH: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         place = key.layer, call.microbatch
         half = BackwardHalf(
             call.attempt,

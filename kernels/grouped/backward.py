@@ -116,7 +116,7 @@ class _Product:
 class PendingSlotGradients:
     """The gradients of weights that a call has yet to add.
 
-    It keeps N * (U + I) numbers in the experts' type, with a norm behind the experts N * H more,
+    It keeps N * (U + I) numbers in the experts' type, with a norm after the experts N * H more,
     and the call's own x, gate weights and gradients, which must stay as they are until then.
     """
 
@@ -166,7 +166,7 @@ def grouped_backward(
     if post_norm is None:
         grad, grad_rows, weights = grad_y_TH, call.top_k, call.weights_TK
     else:
-        # Behind the norm there is a row of its own for each assignment, its weight already in it.
+        # After the norm each assignment has its own row, which is multiplied by its weight already.
         grad, grad_rows, weights = call.before_norm(post_norm, grad_y_TH, grad_weights_TK), 1, None
     act_NI, grad_up_NU, dots_NB = call.hidden(grad, grad_rows, weights)
     if post_norm is None:
@@ -208,7 +208,7 @@ class _BackwardCall:
         """Return the gradient of the down-projections, (N, H); write that of the gate weights."""
         y_NH = self._forward.down(self._forward.up(self._x_TH))
         weighted_TKH = grad_y_TH[:, None] * self.weights_TK[..., None]
-        # A row of an unused assignment has what the memory had, and nobody reads its gradient.
+        # Rows of unused assignments are uninitialised; no kernel reads their gradients.
         y_NH, grad_NH = value_and_gradient(
             post_norm, y_NH, weighted_TKH.view(y_NH.shape).to(y_NH.dtype)
         )

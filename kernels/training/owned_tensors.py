@@ -167,7 +167,7 @@ class OwnedTensors(Generic[K]):
         return [key for key in self._tensors if key not in prepared]
 
     def not_finite(self) -> list[tuple[K, str]]:
-        """Return key and name of prepared gradients of which the sum of squares is not finite."""
+        """Return (key, name) of each prepared gradient whose sum of squares is not finite."""
         return [
             (key, name)
             for key, one in self._prepared.items()

@@ -240,15 +240,14 @@ def test_what_belongs_to_another_attempt_is_not_added_up(folder: Path) -> None:
         with pytest.raises(StepLost, match="begin one"):
             loss_of(trunk.model)
         trunk.begin()
-        loss = loss_of(trunk.model)
+        loss, later = loss_of(trunk.model), loss_of(trunk.model)
         for host in trunk.pool.hosts:
             host.begin_attempt(second)
         with pytest.raises(StepLost, match="attempt 1 at step 0 of run 1 is under way"):
             loss.backward()
-        loss = loss_of(trunk.model)
         trunk.learning.begin(second)
         with pytest.raises(StepLost, match="which is over"):
-            loss.backward()
+            later.backward()
         assert trunk.gradients(second) == {}
         with pytest.raises(Superseded):
             trunk.pool.hosts[0].begin_attempt(FIRST)
@@ -257,10 +256,12 @@ def test_what_belongs_to_another_attempt_is_not_added_up(folder: Path) -> None:
 def test_a_host_that_is_gone_ends_the_attempt(folder: Path) -> None:
     with training(folder, replicas=2) as trunk:
         trunk.begin()
-        loss = loss_of(trunk.model)
+        loss, other = loss_of(trunk.model), loss_of(trunk.model)
         trunk.pool.hosts[0].close()
         with pytest.raises(StepLost, match="host-0"):
             loss.backward()
+        with pytest.raises(StepLost, match="which is over"):
+            other.backward()
 
 
 class Disturbed:

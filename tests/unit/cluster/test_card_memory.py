@@ -201,7 +201,7 @@ def test_rows_beyond_the_workspace_are_a_warning() -> None:
         ([host(0.5), host(0.5), trunk(1, 0.5)], [[0, 1], [2]]),
         ([host(1), trunk(1, 1)], [[0], [1]]),
         ([host(0.3), host(0.6), trunk(1, 0.4)], [[0, 1], [2]]),
-        ([host(0.5), host(0.6), trunk(1, 0.3)], [[0], [1, 2]]),  # where least is left
+        ([host(0.5), host(0.6), trunk(1, 0.3)], [[0], [1, 2]]),  # the least left over
         ([host(2)], [[0], []]),
         ([host(device=1), trunk(1, device=0)], [[1], [0]]),
     ],

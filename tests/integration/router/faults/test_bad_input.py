@@ -119,7 +119,7 @@ def no_frame_for_hosts(served: ServedPool) -> None:
 
 
 def backward(served: ServedPool) -> None:
-    """One that nobody has begun an attempt for."""
+    """A backward call of an attempt that has not begun."""
     channel = connect(served.hosts[0].entry(), "shm", router="bad", slots=1)
     with closing(channel):
         hear(channel)
