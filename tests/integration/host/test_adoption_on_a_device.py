@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,15 +41,14 @@ from tests.helpers.pool.serving import (
     serving,
     store_in_slots,
 )
-from tests.helpers.pool.transports import process, settles
-from tests.helpers.processes.keepers import keepers
+from tests.helpers.pool.transports import settles
+from tests.helpers.processes.keepers import KEEP_S, host_process, keepers, kill, node_process
 
 # The interpreter multiplies whole tiles with NumPy, unused rows included.
 pytestmark = [
     pytest.mark.usefixtures("one_kernel_at_a_time"),
     pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
 ]
-KEEP_S = 60.0
 LAYERS = 2
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.timeout(240)])]
 
@@ -72,30 +70,15 @@ def address(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def node() -> Iterator[subprocess.Popen[bytes]]:
-    """The process with which keepers end."""
-    with subprocess.Popen(["sleep", "300"]) as parent:
-        try:
-            yield parent
-        finally:
-            parent.kill()
-    assert settles(lambda: not keepers(parent.pid))
+    with node_process() as parent:
+        yield parent
 
 
-@contextmanager
-def host_process(
-    folder: Path, device: str, address: str, node: int
-) -> Iterator[tuple[subprocess.Popen[str], HostEntry, int]]:
-    """A host in a process of its own, and how many experts it has from its predecessor."""
-    slots = ["slots"] if device == "cpu" else []
-    options = (*slots, "lends", "kept", address, str(KEEP_S), str(node))
-    with process("serve", str(folder), "kept", device, *options) as (child, line):
-        assert child.stdout is not None
-        yield child, HostEntry(**json.loads(line)), int(child.stdout.readline())
-
-
-def kill(child: subprocess.Popen[str]) -> None:
-    child.kill()
-    child.wait()
+def on_device(
+    folder: Path, address: str, node: int, device: str
+) -> AbstractContextManager[tuple[subprocess.Popen[str], HostEntry, int]]:
+    """A host whose experts lie on a device; the CPU plays one."""
+    return host_process(folder, address, node, device=device, in_slots=device == "cpu")
 
 
 def place(router: Router, pool: Hosts, *entries: HostEntry, epoch: int) -> None:
@@ -130,7 +113,7 @@ def test_a_host_dies_and_nobody_loads_anything(
     with serving(folder, hosts=1, on_device=True, device=device) as pool:
         forward(pool, pool.router())  # compiles kernels
         before = chunks_in_use(device)
-        with host_process(folder, device, address, node.pid) as (child, entry, adopted):
+        with on_device(folder, address, node.pid, device) as (child, entry, adopted):
             assert adopted == 0
             router, plain = pool.router(placed=False, borrows=True), pool.router(placed=False)
             for one in (router, plain):
@@ -148,7 +131,7 @@ def test_a_host_dies_and_nobody_loads_anything(
         place(router, pool, epoch=2)
         assert torch.equal(forward(pool, router), lent)
         for epoch in (3, 4):
-            with host_process(folder, device, address, node.pid) as (child, entry, adopted):
+            with on_device(folder, address, node.pid, device) as (child, entry, adopted):
                 assert adopted == EXPERTS * LAYERS
                 assert torch.equal(forward(pool, router), lent), "while the successor starts"
                 for one in (router, plain):
@@ -173,7 +156,7 @@ def test_a_host_dies_and_nobody_loads_anything(
 @contextmanager
 def predecessor(folder: Path, address: str, node: int) -> Iterator[KeptMemory]:
     """What a killed host has left, as its successor gets it."""
-    with host_process(folder, "cpu", address, node) as (child, _, _):
+    with on_device(folder, address, node, "cpu") as (child, _, _):
         kill(child)
     kept = KeptMemory(address, "kept", keep_s=KEEP_S, parent_pid=node)
     try:

@@ -24,9 +24,8 @@ from moesaic.kernels.slabs.device_slab import DeviceSlab
 from tests.helpers.models.slots import chunks_in_use
 from tests.helpers.pool.transports import settles
 from tests.helpers.processes import slab_owner
-from tests.helpers.processes.keepers import keepers
+from tests.helpers.processes.keepers import KEEP_S, keepers, node_process
 
-KEEP_S = 60.0
 MANY = 5 * MOST_CHUNKS + 7
 
 
@@ -81,15 +80,10 @@ def address(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def node() -> Iterator[subprocess.Popen[bytes]]:
-    """The process with which keepers end."""
     gc.collect()  # what tests before have left
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with subprocess.Popen(["sleep", "300"]) as parent:
-        try:
-            yield parent
-        finally:
-            parent.kill()
-    assert settles(lambda: not keepers(parent.pid))
+    with node_process() as parent:
+        yield parent
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 

@@ -45,10 +45,15 @@ from tests.helpers.pool.serving import (
     save_model,
     serving,
 )
-from tests.helpers.pool.transports import DEADLINE_S, process, settles
-from tests.helpers.processes.keepers import keepers, kept_memory
-
-KEEP_S = 60.0
+from tests.helpers.pool.transports import DEADLINE_S, settles
+from tests.helpers.processes.keepers import (
+    KEEP_S,
+    host_process,
+    keepers,
+    kept_memory,
+    kill,
+    node_process,
+)
 
 
 @pytest.fixture
@@ -63,29 +68,8 @@ def address(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def node() -> Iterator[subprocess.Popen[bytes]]:
-    """The process with which keepers end."""
-    with subprocess.Popen(["sleep", "300"]) as parent:
-        try:
-            yield parent
-        finally:
-            parent.kill()
-    assert settles(lambda: not keepers(parent.pid))
-
-
-@contextmanager
-def host_process(
-    folder: Path, address: str, node: int, *, keep_s: float = KEEP_S
-) -> Iterator[tuple[subprocess.Popen[str], HostEntry, int]]:
-    """A host in a process of its own, and how many experts it has from its predecessor."""
-    options = ("lends", "kept", address, str(keep_s), str(node))
-    with process("serve", str(folder), "kept", "cpu", *options) as (child, line):
-        assert child.stdout is not None
-        yield child, HostEntry(**json.loads(line)), int(child.stdout.readline())
-
-
-def kill(child: subprocess.Popen[str]) -> None:
-    child.kill()
-    child.wait()
+    with node_process() as parent:
+        yield parent
 
 
 def spoil(folder: Path) -> None:
