@@ -42,7 +42,7 @@ class HostGradients:
         """
         if self._contributions.begin(attempt):
             self._sums = GradientAccumulators(exact=exact)
-            self._pending = None
+            self._pending = None  # if an error came between an answer and what it adds up
             self._forms.clear()  # another model may have come under the name of one
 
     def check(self, backward: Backward) -> None:
@@ -54,7 +54,6 @@ class HostGradients:
 
         ``exact`` asks for one row per assignment instead of one sum per token.
         """
-        self.add_up()  # what an error has kept from being added up after its own answer
         backward, layout = pending.frame.backward, pending.layout
         key = LayerKey(backward.call.model, backward.call.layer)
         layer = layer_of(self._store, key, [pending])

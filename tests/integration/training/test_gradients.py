@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from moesaic.actors.host.gradients import HostGradients
 from moesaic.actors.training.learning import Learning
 from moesaic.actors.transport.shm import ShmSession
 from moesaic.actors.trunk.attach import expert_tensors
@@ -251,6 +252,21 @@ def test_what_belongs_to_another_attempt_is_not_added_up(folder: Path) -> None:
         assert trunk.gradients(second) == {}
         with pytest.raises(Superseded):
             trunk.pool.hosts[0].begin_attempt(FIRST)
+
+
+def test_what_an_error_kept_from_being_added_up_is_not_added_to_the_next_attempt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = FIRST._replace(number=1)
+    with training(folder) as trunk:
+        trunk.begin()
+        with monkeypatch.context() as patch:
+            patch.setattr(HostGradients, "add_up", lambda _: None)
+            loss_of(trunk.model).backward()
+        trunk.begin(second)
+        for host in trunk.pool.hosts:
+            host._loop.call(host._loop.gradients.add_up)
+        assert trunk.gradients(second) == {}
 
 
 def test_a_host_that_is_gone_ends_the_attempt(folder: Path) -> None:
