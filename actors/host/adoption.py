@@ -16,7 +16,7 @@ from ...cluster.placement import ModelRef, ModelShape
 from ...kernels.slabs import memfd
 from ...kernels.slabs.layout import SlabLayout
 from ...proto.errors import describe_error
-from .kept_memory import LeftMemory
+from .memory.kept_memory import LeftMemory
 from .report import PlacedModel
 from .weight_store import ExpertStore
 

@@ -44,7 +44,7 @@ from ..transport.shm import ShmListener
 from .adoption import Adoption, model_as_json
 from .device import HostCard
 from .host_loop import HostLoop, check_fit
-from .kept_memory import KeptMemory
+from .memory.kept_memory import KeptMemory
 from .report import HostReport, PlacedModel, Revision
 from .weight_store import ExpertStore, open_model
 
@@ -395,7 +395,7 @@ class _Weights:
             grant.proof, host.name, host.incarnation, *given, grant.term
         ):
             raise Forbidden(
-                f"{_named(given)}: the controller did not grant this put into "
+                f"{given}: the controller did not grant this put into "
                 f"incarnation {host.incarnation} of {host.name}"
             )
         with host._fence_lock:
@@ -409,12 +409,12 @@ class _Weights:
         store.check(given.key, tensors)
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise CallError(f"{_named(given)}: {name} has values that are not finite")
+                raise CallError(f"{given}: {name} has values that are not finite")
         with self._putting:
             if self._is_served(given):
                 if not _same(store.get(given), tensors):
                     raise Forbidden(
-                        f"{_named(given)}: {self._host.name} serves other tensors under this name "
+                        f"{given}: {self._host.name} serves other tensors under this name "
                         "and does not replace them; give the model another name"
                     )
                 return
@@ -428,13 +428,6 @@ class _Weights:
             layer = LayerKey(key.model, key.layer)
             return residency.serves_layer(layer) and not self._host._store.lacks_shared(layer)
         return residency.serves(given)
-
-
-def _named(weights: ExpertVersion) -> str:
-    key = weights.key
-    if key.expert == SHARED:
-        return f"shared tensors of layer {key.layer} of {key.model}"
-    return str(weights)
 
 
 def _same(held: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:

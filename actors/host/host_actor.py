@@ -55,7 +55,7 @@ class RayExpertHost:
             import_at_low_priority(".host", __package__, first=import_models)
             from ..runtime.cluster_secret import secret_of
             from .host import ExpertHost
-            from .kept_memory import KeptMemory
+            from .memory.kept_memory import KeptMemory
 
             node, secret = ray.get_runtime_context().get_node_id(), secret_of(namespace_of(cluster))
             kept = None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from ...proto.errors import HostLost
 from ..transport.base import LendingSession, Session
 from ..transport.seqpacket import MOST_DESCRIPTORS, close_all
-from .expert_memory import ExpertMemory
+from .memory.expert_memory import ExpertMemory
 from .weight_store import ExpertStore
 
 log = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from ...models.trunk.experts_layers import (
 )
 from ...models.trunk.trunk import meta_model
 from ...proto.errors import CallError, CheckpointError, NotHere
-from .expert_memory import ExpertMemory, SlabMemory, SlotMemory
-from .kept_memory import LeftMemory
+from .memory.expert_memory import ExpertMemory, SlabMemory, SlotMemory
+from .memory.kept_memory import LeftMemory
 
 # Upper bound for a safetensors header: per tensor (besides its name), and for the rest of it.
 _HEADER_BYTES = 256

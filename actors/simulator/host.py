@@ -24,9 +24,9 @@ from ...cluster.placement import HostEntry, ModelShape
 from ...proto.errors import CheckpointError, HostLost, MoesaicError
 from ..host.adoption import Adoption, model_as_json
 from ..host.compute import PendingCall, ReplyTensors, compute
-from ..host.expert_memory import ExpertMemory
 from ..host.host_loop import HostLoop
-from ..host.kept_memory import LeftMemory
+from ..host.memory.expert_memory import ExpertMemory
+from ..host.memory.kept_memory import LeftMemory
 from ..host.weight_store import ExpertStore
 from .channels import SimLendingSession, SimListener, SimPoller, SimSession, named_by
 from .clock import SimProcess

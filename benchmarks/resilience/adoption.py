@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.measure import write_json
 from benchmarks.random_model import save_random_model
 from moesaic.actors.host.host import ExpertHost
-from moesaic.actors.host.kept_memory import KeptMemory
+from moesaic.actors.host.memory.kept_memory import KeptMemory
 from moesaic.cluster.expert_keys import first_versions
 from moesaic.cluster.placement import ModelRef, ModelShape, every_expert
 

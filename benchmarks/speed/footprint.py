@@ -39,7 +39,7 @@ KINDS = {
     ":Ingress": "ingress",
     "RayExpertHost": "host",
     "ray::Controller": "controller",
-    "host.memory_keeper": "memory keeper",
+    "host.memory.memory_keeper": "memory keeper",
     "ray::Nothing": "empty actor",
     ":NoService": "empty replica",
 }

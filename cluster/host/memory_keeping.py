@@ -4,8 +4,8 @@ Hosts hand their keeper the descriptors of the memory in which their experts lie
 its successor gets them back. What no successor asks for in time is freed. A model on a device has
 one descriptor more for each chunk of the device's memory; chunks come and go.
 
-Descriptors are numbers here, and connections are anything; `actors/host/memory_keeper.py` is the
-shell around it, and the clock is an argument.
+Descriptors are numbers here, and connections are anything; `actors/host/memory/memory_keeper.py` is
+the shell around it, and the clock is an argument.
 """
 
 from __future__ import annotations

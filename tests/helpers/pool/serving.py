@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.actors.host.expert_memory import SlotMemory
 from moesaic.actors.host.host import ExpertHost, local_hosts
+from moesaic.actors.host.memory.expert_memory import SlotMemory
 from moesaic.actors.host.weight_store import ExpertStore, HostedModel, open_model
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import LayerKey

@@ -331,7 +331,7 @@ def run_serve(
 
     import_models()  # as the processes of hosts do
     from moesaic.actors.host.host import ExpertHost
-    from moesaic.actors.host.kept_memory import KeptMemory
+    from moesaic.actors.host.memory.kept_memory import KeptMemory
     from moesaic.cluster.placement import ModelRef, ModelShape, every_expert
     from moesaic.models.trunk.config import read_config
     from moesaic.models.trunk.experts_layers import experts_layers

@@ -24,7 +24,7 @@ def keepers(node: int) -> list[psutil.Process]:
             command = process.cmdline()
         except psutil.Error:
             return False
-        return "moesaic.actors.host.memory_keeper" in command and command[-1] == str(node)
+        return "moesaic.actors.host.memory.memory_keeper" in command and command[-1] == str(node)
 
     return [one for one in psutil.process_iter() if is_one(one)]
 

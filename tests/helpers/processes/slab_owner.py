@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.actors.host.kept_memory import KeptMemory, LeftMemory
+from moesaic.actors.host.memory.kept_memory import KeptMemory, LeftMemory
 from moesaic.actors.runtime.devices import device_name
 from moesaic.kernels.ffn import ExpertForm
 from moesaic.kernels.slabs.device_memory import CHUNK_BYTES, DeviceMemory

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 
-from moesaic.actors.host.kept_memory import KeptMemory, LeftMemory
-from moesaic.actors.host.memory_keeper import MOST_CHUNKS
+from moesaic.actors.host.memory.kept_memory import KeptMemory, LeftMemory
+from moesaic.actors.host.memory.memory_keeper import MOST_CHUNKS
 from moesaic.kernels.slabs.device_slab import DeviceSlab
 from tests.helpers.models.slots import chunks_in_use
 from tests.helpers.pool.transports import settles
@@ -260,7 +260,7 @@ def test_a_process_with_too_few_descriptors_takes_what_it_can(
 ) -> None:
     with keeping(address, node, dies=True) as kept:
         kept.keep("m", memory)
-    monkeypatch.setattr("moesaic.actors.host.kept_memory.allow_descriptors", lambda _: None)
+    monkeypatch.setattr("moesaic.actors.host.memory.kept_memory.allow_descriptors", lambda _: None)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(one.name) for one in Path("/proc/self/fd").iterdir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2 * MOST_CHUNKS, before[1]))

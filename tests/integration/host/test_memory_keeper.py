@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from moesaic.actors.host import kept_memory as kept_memory_file
 from moesaic.actors.host.adoption import model_as_json, model_from_json
 from moesaic.actors.host.host import ExpertHost
-from moesaic.actors.host.kept_memory import KeptMemory
+from moesaic.actors.host.memory.kept_memory import KeptMemory
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.cluster.placement import (
@@ -222,7 +222,7 @@ def test_what_cannot_be_used_is_loaded_again(
 ) -> None:
     with predecessor(folder, address, node.pid) as kept, serving(folder, hosts=1) as pool:
         # As after an update of torch: the new process lays experts out otherwise.
-        monkeypatch.setattr("moesaic.actors.host.expert_memory._layouts", lambda *_: {})
+        monkeypatch.setattr("moesaic.actors.host.memory.expert_memory._layouts", lambda *_: {})
         host = host_of(kept)
         monkeypatch.undo()
         try:

@@ -38,7 +38,6 @@ cluster/service                     proto
 cluster/load                        cluster
 cluster/batching                    cluster
 cluster/host                        proto cluster
-cluster/training                    proto cluster
 cluster/routing                     cluster cluster/load
 cluster/planner                     cluster
 cluster/training                    proto cluster
@@ -65,13 +64,16 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
 actors/training                     proto cluster cluster/training actors/router
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
                                     actors/runtime actors/text actors/engine actors/router
+actors/host/memory                  proto kernels kernels/slabs models/trunk cluster cluster/host
+                                    actors/runtime
 actors/host                         proto kernels kernels/backward kernels/slabs models/folder
                                     models/trunk cluster cluster/host cluster/reports
                                     cluster/routing cluster/training actors/runtime actors/transport
-                                    actors/transport/grpc
+                                    actors/transport/grpc actors/host/memory
 actors/simulator                    proto kernels models/trunk cluster cluster/load cluster/host
                                     cluster/routing cluster/planner cluster/control
-                                    cluster/scaling actors/transport actors/router actors/host
+                                    cluster/scaling actors/transport actors/router
+                                    actors/host/memory actors/host
 actors/trunk                        proto models/folder models/trunk cluster cluster/reports
                                     actors/runtime actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router

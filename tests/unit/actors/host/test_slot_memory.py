@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.actors.host.expert_memory import SlabMemory, SlotMemory
-from moesaic.actors.host.kept_memory import LeftMemory
+from moesaic.actors.host.memory.expert_memory import SlabMemory, SlotMemory
+from moesaic.actors.host.memory.kept_memory import LeftMemory
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.kernels.ffn import ExpertWeights
 from moesaic.kernels.slabs.bounded_memory import MemoryBudget

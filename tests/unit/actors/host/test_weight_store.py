@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.host import weight_store
-from moesaic.actors.host.expert_memory import SlabMemory
+from moesaic.actors.host.memory.expert_memory import SlabMemory
 from moesaic.actors.host.weight_store import ExpertStore
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.placement import ModelRef

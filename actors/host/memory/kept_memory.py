@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ...proto.unix_peers import same_user
+from ....proto.unix_peers import same_user
 from .memory_keeper import MESSAGE_BYTES, MOST_CHUNKS, allow_descriptors
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ _LEFT_S = 5.0
 _RETRY_S, _MOST_RETRY_S = 1.0, 60.0
 _SEND_S = 1.0
 _BACKLOG = 64
-_KEEPER = "moesaic.actors.host.memory_keeper"
+_KEEPER = "moesaic.actors.host.memory.memory_keeper"
 
 
 class Keepable(Protocol):

@@ -1,6 +1,6 @@
 """The memory keeper: a small process of each node that holds the memory of hosts that die.
 
-python -m moesaic.actors.host.memory_keeper LISTENER PARENT
+python -m moesaic.actors.host.memory.memory_keeper LISTENER PARENT
 
 Memory of hosts is anonymous: it is freed with the last descriptor and the last mapping of it. So is
 memory of a CUDA device, in chunks with a descriptor each. The keeper has a descriptor of each, so
@@ -38,8 +38,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from ...cluster.host.memory_keeping import Answer, KeeperCommand, KeptChunk, MemoryKeeping
-from ...proto.unix_peers import same_user
+from ....cluster.host.memory_keeping import Answer, KeeperCommand, KeptChunk, MemoryKeeping
+from ....proto.unix_peers import same_user
 
 MESSAGE_BYTES = 4096
 MOST_CHUNKS = 64  # of one message; Linux takes 253 descriptors

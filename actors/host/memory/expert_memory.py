@@ -10,19 +10,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...cluster.expert_keys import ExpertKey, ExpertVersion
-from ...kernels import onednn
-from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
-from ...kernels.slabs.bounded_memory import MemoryBudget
-from ...kernels.slabs.device_memory import CHUNK_BYTES, DeviceMemory
-from ...kernels.slabs.device_pool import Memory
-from ...kernels.slabs.device_slab import DeviceSlab, SlotLayer
-from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer, LayerArithmetic
-from ...kernels.slabs.layout import COPIES, LayerLayout, SlabLayout
-from ...kernels.slabs.slab import Slab, layer_layout
-from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes
-from ...proto.errors import Busy, NotHere
-from ..runtime.devices import device_name
+from ....cluster.expert_keys import ExpertKey, ExpertVersion
+from ....kernels import onednn
+from ....kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
+from ....kernels.slabs.bounded_memory import MemoryBudget
+from ....kernels.slabs.device_memory import CHUNK_BYTES, DeviceMemory
+from ....kernels.slabs.device_pool import Memory
+from ....kernels.slabs.device_slab import DeviceSlab, SlotLayer
+from ....kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer, LayerArithmetic
+from ....kernels.slabs.layout import COPIES, LayerLayout, SlabLayout
+from ....kernels.slabs.slab import Slab, layer_layout
+from ....models.trunk.experts_layers import ExpertsLayer, expert_shapes
+from ....proto.errors import Busy, NotHere
+from ...runtime.devices import device_name
 from .kept_memory import LeftMemory
 
 _NO_CHUNKS: Mapping[int, int] = {}
