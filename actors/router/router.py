@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.load.meter import LoadReport
-from ...cluster.placement import Placement
+from ...cluster.placement import Placement, PlacementId
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.events import RouterCommand
 from ...cluster.routing.expert_fallback import BatchExpertOptions
@@ -151,6 +151,22 @@ class Router:
                 raise ClusterError(
                     f"router {self.name} was not ready within {timeout_s:g} s: {unplaced} have no "
                     f"placement; its hosts are {', '.join(states) or 'unknown'}"
+                )
+
+    def wait_placed(self, number: PlacementId, timeout_s: float) -> None:
+        """Wait until calls follow a placement, or a newer one. Raises ClusterError."""
+        deadline = self._clock() + timeout_s
+        while True:
+            with self._lock:
+                self._check_open()
+                placement = self._dispatcher.placement
+                if placement is not None and placement.id >= number:
+                    return
+                self._waiting.until(min(deadline, self._clock() + 0.05))
+            if self._clock() >= deadline:
+                raise ClusterError(
+                    f"router {self.name} has not received placement {tuple(number)} within "
+                    f"{timeout_s:g} s; see `moesaic status`"
                 )
 
     def has(self, experts: Sequence[ExpertKey]) -> bool:

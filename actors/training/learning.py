@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...cluster.expert_keys import LayerKey
 from ...cluster.training.contributions import Attempt
-from ...proto.errors import BadExpert, StepLost
+from ...proto.errors import BadExpert, StepLost, describe_error
 from ...proto.wire import wide
 from ..router.backward import BackwardHalf
 from ..router.layer_tensors import LayerTensors
@@ -44,6 +44,7 @@ class Learning:
         self.dtype = dtype
         self._model = model
         self._attempt: Attempt | None = None
+        self._why = "no training step is under way; make a moesaic.PoolOptimizer of the model first"
         self._microbatch = 0
         # The next part's number by layer and microbatch; a layer may be called more than once.
         self._parts: Counter[tuple[int, int]] = Counter()
@@ -53,6 +54,15 @@ class Learning:
         self._attempt = attempt
         self._microbatch = 0
         self._parts.clear()
+
+    def end(self, why: str) -> None:
+        """End the attempt: a forward pass that is to be learned from raises StepLost with why."""
+        self._attempt, self._why = None, why
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """The layers whose gradients were added up in the attempt under way, or the last one."""
+        return frozenset(layer for layer, _ in self._parts)
 
     def watch(self, module: nn.Module) -> None:
         """Count each forward pass of a module as a microbatch."""
@@ -67,7 +77,7 @@ class Learning:
     def forward_call(self) -> ForwardCall:
         """Name a forward call that is made now. Raises StepLost if no attempt is under way."""
         if self._attempt is None:
-            raise StepLost("no training step is under way; begin one before the forward pass")
+            raise StepLost(self._why)
         return ForwardCall(self._attempt, self._microbatch)
 
     def backward(
@@ -88,8 +98,8 @@ class Learning:
             raise StepLost(f"the forward pass belongs to {call.attempt}, which is over")
         try:
             return self._through_pool(key, call, x_TH, ids_TK, weights_TK, grad_y_TH)
-        except BaseException:
-            self._attempt = None
+        except BaseException as error:
+            self.end(f"{call.attempt} is over ({describe_error(error)}); call zero_grad() first")
             raise
 
     def _through_pool(

@@ -20,6 +20,7 @@ from ...models.folder.tokenizer import read_tokenizer
 from ...models.trunk.config import read_config, torch_dtype
 from ...models.trunk.describe import describe_model
 from ...models.trunk.experts_layers import ExpertsLayer, experts_layers, forms_anywhere
+from ...models.trunk.routing_record import record_routing
 from ...models.trunk.trunk import (
     connect_experts,
     disconnect_experts,
@@ -35,15 +36,16 @@ from ..router.pool_link import PoolLink
 from ..router.router import Router
 from ..router.whole_calls import PassCheck
 from ..runtime.devices import pick_device, take_for_trunk
+from ..training.learning import Learning
 
 
-def run_in_steps(module: nn.Module, router: Router) -> None:
+def run_in_steps(module: nn.Module, router: Router, *, may_repeat: bool = True) -> None:
     """Make each forward of a module a pass of the router, which it may run a second time."""
 
     def begin(_: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
         # Only a cache whose places are fixed, as the engine's is, may be written to twice.
-        may_repeat = given.get("past_key_values") is None
-        router.begin_step(PassCheck.DEVICE if may_repeat else PassCheck.CALLS)
+        repeats = may_repeat and given.get("past_key_values") is None
+        router.begin_step(PassCheck.DEVICE if repeats else PassCheck.CALLS)
 
     def end(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> Any:
         try:
@@ -62,15 +64,31 @@ class PoolTrunk:
     """A model connected to the pool; `close` disconnects it and frees everything."""
 
     def __init__(
-        self, config: TrunkConfig, model: PreTrainedModel, layers: list[ExpertsLayer]
+        self,
+        config: TrunkConfig,
+        model: PreTrainedModel,
+        layers: list[ExpertsLayer],
+        *,
+        learns: bool = False,
     ) -> None:
+        """With ``learns`` gradients go through the pool: `learning` says to which step."""
+        self.config = config
         self.model = model
+        self.layers = layers
+        self.learning: Learning | None = None
+        name = config.model.name
         numbers, forms = [layer.layer for layer in layers], forms_anywhere(layers)
         self._link = PoolLink(config, numbers, model.device, forms)
         self.router = self._link.router
-        connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
+        if learns:
+            self.learning = Learning(self.router, name, torch_dtype(config.model.dtype))
+            connect_experts(model, layers, self.learning.layer)
+            self.learning.watch(model)
+            record_routing(model)
+        else:
+            connect_experts(model, layers, lambda layer: self.router.experts(name, layer))
         for module in forward_modules(model):
-            run_in_steps(module, self.router)
+            run_in_steps(module, self.router, may_repeat=not learns)
 
     def close(self) -> None:
         try:
@@ -79,8 +97,11 @@ class PoolTrunk:
             self._link.close()
 
 
-def open_trunk(config: TrunkConfig) -> PoolTrunk:
-    """Load a trunk from its folder and connect it. Raises CheckpointError and ClusterError."""
+def open_trunk(config: TrunkConfig, *, learns: bool = False) -> PoolTrunk:
+    """Load a trunk from its folder and connect it. Raises CheckpointError and ClusterError.
+
+    One that ``learns`` is in training mode, and its parameters need gradients.
+    """
     if config.model.path is None:
         raise ClusterError(
             f"model {config.model.name!r} was attached from memory; only the process that attached "
@@ -98,7 +119,9 @@ def open_trunk(config: TrunkConfig) -> PoolTrunk:
         cache = config.cache_bytes(sizes.cache_token_bytes)
         take_for_trunk(device, config.share, sizes.trunk_bytes + cache)
     model = load_trunk(path, dtype=dtype, device=device)
-    return PoolTrunk(config, model, layers)
+    if learns:
+        model.train().requires_grad_(True)
+    return PoolTrunk(config, model, layers, learns=learns)
 
 
 class _PoolEngine(TransformersEngine):

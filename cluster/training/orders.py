@@ -110,10 +110,10 @@ class Gathered(NamedTuple):
 class Reduce:
     """Sum the gradients of owned keys over their sources, in their order. Answer: `Prepared`.
 
-    ``sources`` has all owned keys. Sources of experts are hosts, those of blocks of the trunk are
-    workers, which have put their gradients into this host. Without a source the gradient is zero;
-    None: the key keeps its weights and its state in this step. Names that a worker's gradients lack
-    keep theirs, too.
+    Several orders may share the keys of an attempt. Sources of experts are hosts, those of blocks
+    of the trunk are workers, which have put their gradients into this host. Without a source the
+    gradient is zero; None: the key keeps its weights and its state in this step. Names that the
+    gradients of all workers lack keep theirs, too.
 
     Raises NotHere if a gradient is missing, and HostLost.
     """
@@ -141,7 +141,7 @@ class Commit:
     """Apply the prepared gradients; serve the experts that this host holds as ``version``, too.
 
     The answer is None. Versions before the one that is served now stay until the controller evicts
-    them. Raises NotHere if the attempt is not prepared.
+    them. Raises NotHere if a key that the host owns is not prepared for the attempt.
     """
 
     attempt: Attempt

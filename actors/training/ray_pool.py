@@ -1,0 +1,95 @@
+"""A pool on Ray as a training run reaches it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from ...cluster.expert_keys import ExpertKey
+from ...cluster.training.orders import Answer, Order
+from ...cluster.training.steps import PoolNow
+from ...proto.errors import HostLost, MoesaicError, NoAnswer
+from ..router.router import Router
+from ..runtime.ray_border import controller_of, last_line, ray_get
+
+# For a question that the controller answers from what it knows.
+ASK_S = 10.0
+
+
+class RayTrainingPool:
+    """A `TrainingPool`: the controller's and the hosts' actors."""
+
+    def __init__(self, namespace: str, run: int, model: str, router: Router) -> None:
+        """``router`` is the trunk's; it follows the controller's placements of ``model``."""
+        self._namespace = namespace
+        self._run = run
+        self._model = model
+        self._router = router
+
+    def now(self) -> PoolNow:
+        news = ray_get(
+            controller_of(self._namespace).training_news.remote(self._run),
+            ASK_S,
+            "looking at the pool's hosts",
+        )
+        return PoolNow(
+            entries=news.entries,
+            domains=news.domains,
+            holders=_holders(self._router, self._model),
+            leaving=news.leaving,
+        )
+
+    def order(
+        self, orders: Mapping[str, Order], timeout_s: float
+    ) -> dict[str, Answer | MoesaicError]:
+        until = time.monotonic() + timeout_s
+        asked = {host: self._ask(host, order) for host, order in orders.items()}
+        return {host: self._answer(host, one, until) for host, one in asked.items()}
+
+    def publish(self, version: int, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        placed = ray_get(
+            controller_of(self._namespace).publish_training.remote(self._run, version, timeout_s),
+            timeout_s + ASK_S,
+            f"serving version {version} of {self._model}",
+        )
+        self._router.wait_placed(placed, max(until - time.monotonic(), ASK_S))
+
+    def end(self) -> None:
+        controller = controller_of(self._namespace)
+        ray_get(controller.end_training.remote(self._run), ASK_S, "ending the training run")
+
+    def _ask(self, host: str, order: Order) -> Any:
+        try:
+            # Not kept: after a restart the handle of before would still answer for the one that
+            # was.
+            return ray.get_actor(host, namespace=self._namespace).train.remote(order)
+        except ValueError as error:
+            return HostLost(f"{host} is gone: {error}")
+
+    def _answer(self, host: str, asked: Any, until: float) -> Answer | MoesaicError:
+        if isinstance(asked, MoesaicError):
+            return asked
+        try:
+            return ray.get(asked, timeout=max(until - time.monotonic(), 0))
+        except GetTimeoutError:
+            return NoAnswer(f"{host} has not answered in time")
+        except RayTaskError as error:
+            cause = error.cause
+            return cause if isinstance(cause, MoesaicError) else HostLost(f"{host}: {cause!r}")
+        except RayError as error:
+            return HostLost(f"{host}: {last_line(error)}")
+
+
+def _holders(router: Router, model: str) -> dict[ExpertKey, tuple[str, ...]]:
+    placement = router.placement
+    return {
+        key.expert(expert): layer.hosts(expert)
+        for key, layer in (placement.layers.items() if placement is not None else ())
+        if key.model == model
+        for expert in range(len(layer.replicas))
+    }

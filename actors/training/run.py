@@ -1,0 +1,340 @@
+"""A training run in the process of a trunk: it carries out what `TrainingSteps` decides.
+
+The trunk's parameters are dealt into blocks, which hosts own like experts. In a step this process
+sends their gradients to the owners and takes the new weights from there, so it keeps no state.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...cluster.expert_keys import TRUNK, ExpertKey, trunk_block
+from ...cluster.training.orders import BulkKey, GroupUpdate, Order
+from ...cluster.training.steps import Answers, Exchange, PoolNow, RunPlan, Squares, TrainingSteps
+from ...proto.errors import (
+    CallError,
+    ClusterError,
+    MoesaicError,
+    StepLost,
+    Superseded,
+    describe_error,
+)
+from ..transport.bulk.links import BulkLinks
+from .learning import Learning
+
+log = logging.getLogger(__name__)
+
+# How long a host may take to carry out an order, and a tensor to travel.
+ORDER_S = 120.0
+BULK_S = 120.0
+# How long the pool may take to serve a committed version.
+PUBLISH_S = 60.0
+# How often the run tells the controller that it goes on, and looks at the pool's hosts.
+LOOK_S = 1.0
+_END_S = 10.0
+
+T = TypeVar("T")
+
+
+class TrainingPool(Protocol):
+    """The pool as a run reaches it: its controller and its hosts. Any thread may call it."""
+
+    def now(self) -> PoolNow:
+        """Return the hosts, and renew the run's lease. Raises ClusterError if the run is over."""
+        ...
+
+    def order(self, orders: Mapping[str, Order], timeout_s: float) -> Answers:
+        """Send orders to hosts, all at once; one that does not answer in time gets NoAnswer."""
+        ...
+
+    def publish(self, version: int, timeout_s: float) -> None:
+        """Let the pool serve a version that all hosts have; the trunk's router follows it.
+
+        Raises ClusterError.
+        """
+        ...
+
+    def end(self) -> None:
+        """Tell the controller that the run has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningTrunk:
+    """A trunk whose experts are in a pool, as a run needs it."""
+
+    model: nn.Module
+    learning: Learning
+    name: str  # of its router, and of the source of its gradients
+    blocks: Sequence[Sequence[str]]  # names of the parameters that are trained
+
+    def block(self, model: str, number: int) -> tuple[ExpertKey, Sequence[str]]:
+        return trunk_block(model, number), self.blocks[number]
+
+
+class PoolRun:
+    """A run with one trunk, in whose process it is."""
+
+    def __init__(
+        self,
+        pool: TrainingPool,
+        links: BulkLinks,
+        trunk: LearningTrunk,
+        plan: RunPlan,
+        *,
+        version: int,
+    ) -> None:
+        """Begin the run, with the weights of ``version`` and those of the trunk.
+
+        ``close`` ends it. Raises ClusterError.
+        """
+        self._pool = pool
+        self._links = links
+        self._trunk = trunk
+        self._plan = plan
+        self._parameters = dict(trunk.model.named_parameters())
+        # Held during each exchange with hosts: the keeper of the lease has some of its own.
+        self._lock = threading.Lock()
+        self._steps = TrainingSteps(plan, pool.now(), version=version)
+        self._served = version
+        self._without: frozenset[int] | None = None  # layers; None: nothing is summed up yet
+        self._squares: Squares = {}
+        self._over: MoesaicError | None = None
+        self._stop = threading.Event()
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="bulk")
+        self._keeper = threading.Thread(target=self._keep, name="training-run", daemon=True)
+        try:
+            self._exchange(self._steps.open())
+            self._each_block(range(len(trunk.blocks)), self._put_weights)
+            self._exchange(self._steps.own())
+            trunk.learning.begin(self._steps.attempt)
+            self._keeper.start()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- what an optimizer asks -----------------------------------------------------------------
+
+    @property
+    def run(self) -> int:
+        return self._plan.run
+
+    @property
+    def step(self) -> int:
+        """The number of steps that were committed."""
+        return self._steps.step
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients were added up since the last step, or since they were dropped."""
+        return bool(self._trunk.learning.layers)
+
+    def squares(self) -> dict[tuple[int, str], float]:
+        """Return the sum of squares of the experts' gradients, by layer and name in the pool.
+
+        From now on no forward pass is learned from until `commit` or `drop`. Raises StepLost.
+        """
+        with self._lock:
+            self._check()
+            self._reduce_experts()
+            found: dict[tuple[int, str], list[float]] = {}
+            for key, named in self._squares.items():
+                for name, square in named.items():
+                    found.setdefault((key.layer, name), []).append(square)
+        return {where: math.fsum(squares) for where, squares in found.items()}
+
+    def not_finite(self) -> list[tuple[ExpertKey, str]]:
+        """Return the experts whose gradients are not finite, after `squares`."""
+        return [
+            (key, name)
+            for key, named in self._squares.items()
+            for name, square in named.items()
+            if not math.isfinite(square)
+        ]
+
+    def commit(
+        self,
+        groups: Mapping[int, GroupUpdate],
+        trunk: Mapping[str, Tensor],
+        skipped: frozenset[int] = frozenset(),
+    ) -> None:
+        """Apply the gradients; afterwards the pool serves the new weights and the trunk has them.
+
+        ``trunk`` has its gradients by the parameters' names; others keep their weights, as do the
+        experts of layers ``skipped``. Raises StepLost, with all as it was, and ClusterError if the
+        step was applied and the pool does not serve it yet.
+        """
+        with self._lock:
+            self._check()
+            self._reduce_experts()
+            assert self._without is not None
+            if late := skipped - self._without:
+                raise CallError(
+                    f"layers {sorted(late)}: their gradients are in the norm already, and cannot "
+                    "be left out of the step; set them to None before the norm is taken"
+                )
+            with self._attempt():
+                numbers = [
+                    number
+                    for number, names in enumerate(self._trunk.blocks)
+                    if any(name in trunk for name in names)
+                ]
+                self._each_block(numbers, lambda *block: self._put_gradients(*block, trunk))
+                keys = {trunk_block(self._plan.model, number) for number in numbers}
+                self._exchange(self._steps.reduce_trunk(keys, self._trunk.name))
+                self._exchange(self._steps.commit(groups))
+            self._settle()
+
+    def drop(self) -> None:
+        """Forget the gradients that were added up; the next attempt begins. Raises StepLost."""
+        with self._lock:
+            self._check()
+            self._trunk.learning.end("its gradients were dropped")
+            if self._served != self._steps.version:
+                self._settle()
+                return
+            self._exchange(self._steps.again(self._pool.now()))
+            self._begun()
+
+    def close(self) -> None:
+        """End the run; hosts forget what they own for it, and keep the weights."""
+        self._stop.set()
+        if self._keeper.is_alive():
+            self._keeper.join(_END_S)
+        self._trunk.learning.end("the training run was closed")
+        self._threads.shutdown(cancel_futures=True)
+        if self._over is None:
+            try:
+                self._exchange(self._steps.close(), _END_S)
+                self._pool.end()
+            except MoesaicError as error:
+                log.warning("run %d could not be ended: %s", self.run, error)
+            self._over = ClusterError("the training run was closed")
+        self._links.close()
+
+    # ---- one step -------------------------------------------------------------------------------
+
+    def _reduce_experts(self) -> None:
+        if self._without is not None:
+            return
+        learning = self._trunk.learning
+        every = {key.layer for key in self._plan.tensors if key.layer != TRUNK}
+        without = frozenset(every - learning.layers)
+        learning.end("the step's gradients are summed up; call step() or zero_grad() first")
+        with self._attempt():
+            self._squares = self._exchange(self._steps.reduce_experts(without))
+        self._without = without
+
+    def _settle(self) -> None:
+        """Serve what was committed, take the trunk's new weights, and begin the next attempt."""
+        steps = self._steps
+        self._pool.publish(steps.version, PUBLISH_S)
+        self._each_block(range(len(self._trunk.blocks)), self._get_weights)
+        self._served = steps.version
+        self._exchange(steps.begin())
+        self._begun()
+
+    def _begun(self) -> None:
+        self._without, self._squares = None, {}
+        self._trunk.learning.begin(self._steps.attempt)
+
+    def _put_weights(self, key: ExpertKey, names: Sequence[str]) -> None:
+        given = BulkKey("weights", key, version=self._steps.version, run=self.run)
+        tensors = {name: self._parameters[name].detach() for name in names}
+        self._put(given, tensors)
+
+    def _put_gradients(
+        self, key: ExpertKey, names: Sequence[str], trunk: Mapping[str, Tensor]
+    ) -> None:
+        given = BulkKey("gradient", key, attempt=self._steps.attempt, source=self._trunk.name)
+        self._put(given, {name: trunk[name] for name in names if name in trunk})
+
+    def _put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
+        for entry in self._steps.entries(given.key):
+            self._links.put(entry, given, tensors, timeout_s=BULK_S)
+
+    def _get_weights(self, key: ExpertKey, names: Sequence[str]) -> None:
+        wanted = BulkKey("weights", key, version=self._steps.version)
+        error: MoesaicError | None = None
+        for entry in self._steps.entries(key):
+            try:
+                with self._links.get(entry, wanted, timeout_s=BULK_S) as tensors, torch.no_grad():
+                    for name in names:
+                        self._parameters[name].copy_(tensors[name])
+                return
+            except MoesaicError as failure:
+                error = failure
+        raise ClusterError(f"{key}: its new weights cannot be read: {error}") from error
+
+    def _each_block(
+        self, numbers: Iterable[int], act: Callable[[ExpertKey, Sequence[str]], None]
+    ) -> None:
+        """Do something with blocks of the trunk side by side; raise the first error."""
+        begun = [
+            self._threads.submit(act, *self._trunk.block(self._plan.model, number))
+            for number in numbers
+        ]
+        for one in begun:
+            one.result()
+
+    # ---- exchanges ------------------------------------------------------------------------------
+
+    def _exchange(self, exchange: Exchange[T], timeout_s: float = ORDER_S) -> T:
+        """Carry out an exchange with hosts. Raises Superseded if a newer run has begun."""
+        answers: Answers | None = None
+        while True:
+            try:
+                orders = next(exchange) if answers is None else exchange.send(answers)
+            except StopIteration as end:
+                return end.value
+            answers = self._pool.order(orders, timeout_s) if orders else {}
+            for answer in answers.values():
+                if isinstance(answer, Superseded):
+                    self._over = answer
+                    raise answer
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Let an error end the attempt, as StepLost."""
+        try:
+            yield
+        except (StepLost, ClusterError):
+            raise
+        except MoesaicError as error:
+            raise self._steps.lose(describe_error(error)) from error
+
+    def _check(self) -> None:
+        if self._over is not None:
+            raise self._over
+        if self._keeper.ident is not None and not self._keeper.is_alive():
+            raise ClusterError("the thread that keeps the run's lease has ended; see the log")
+
+    def _keep(self) -> None:
+        """Renew the lease, and let owners follow hosts while no step does so."""
+        while not self._stop.wait(LOOK_S):
+            try:
+                now = self._pool.now()
+            except Superseded as error:
+                self._over = error
+                return
+            except MoesaicError as error:
+                log.warning("run %d: the controller does not answer: %s", self.run, error)
+                continue
+            if self._lock.acquire(blocking=False):
+                try:
+                    if not (self._steps.is_reducing or self._stop.is_set()):
+                        self._exchange(self._steps.follow(now))
+                except MoesaicError as error:
+                    log.warning("run %d: %s", self.run, describe_error(error))
+                finally:
+                    self._lock.release()

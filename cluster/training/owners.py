@@ -1,0 +1,97 @@
+"""Which hosts own what is trained.
+
+An owner stays where it is as long as its host stays: its state is three to four times as large as
+the weights. So owners move when hosts leave, and not when experts do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..expert_keys import ExpertKey
+
+Owners = Mapping[ExpertKey, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerHosts:
+    """The hosts that may own something, and what decides between them."""
+
+    domains: Mapping[str, str]  # host -> what fails with it, of those that stay
+    holders: Callable[[ExpertKey], Collection[str]]  # the hosts that serve an expert
+
+
+@dataclass(slots=True)
+class _Dealing:
+    hosts: OwnerHosts
+    owned_bytes: dict[str, int] = field(default_factory=dict)
+
+    def next_owner(self, key: ExpertKey, chosen: Collection[str]) -> str | None:
+        """Return one more owner for a key, or None if there is no other host.
+
+        One in another domain comes first, then one that serves the expert, as its gradients and new
+        weights need not travel; then the one that owns least.
+        """
+        domains, holders = self.hosts.domains, self.hosts.holders(key)
+        taken = {domains[host] for host in chosen}
+
+        def order(host: str) -> tuple[bool, bool, int, str]:
+            return domains[host] in taken, host not in holders, self.owned_bytes[host], host
+
+        return min((host for host in domains if host not in chosen), key=order, default=None)
+
+
+def deal_owners(
+    sizes_bytes: Mapping[ExpertKey, int],
+    hosts: OwnerHosts,
+    *,
+    copies: int,
+    before: Owners | None = None,
+) -> dict[ExpertKey, tuple[str, ...]]:
+    """Return ``copies`` owners of each key, or as many as there are hosts, the first one first.
+
+    Owners in ``before`` whose hosts stay are kept. The result depends on the arguments alone.
+    """
+    dealing = _Dealing(hosts, dict.fromkeys(hosts.domains, 0))
+    kept = {
+        key: [host for host in (before or {}).get(key, ()) if host in hosts.domains]
+        for key in sizes_bytes
+    }
+    for key, chosen in kept.items():
+        for host in chosen:
+            dealing.owned_bytes[host] += sizes_bytes[key]
+    # The largest first, so that the rest evens out what they leave uneven.
+    for key in sorted(sizes_bytes, key=lambda key: (-sizes_bytes[key], key)):
+        chosen = kept[key]
+        while len(chosen) < copies:
+            found = dealing.next_owner(key, chosen)
+            if found is None:
+                break
+            chosen.append(found)
+            dealing.owned_bytes[found] += sizes_bytes[key]
+    return {key: tuple(chosen) for key, chosen in kept.items()}
+
+
+def keys_by_host(owners: Owners) -> dict[str, list[ExpertKey]]:
+    """Return what each host owns."""
+    found: dict[str, list[ExpertKey]] = {}
+    for key, hosts in owners.items():
+        for host in hosts:
+            found.setdefault(host, []).append(key)
+    return found
+
+
+def without_hosts(owners: Owners, gone: Collection[str]) -> dict[ExpertKey, tuple[str, ...]]:
+    """Return the owners that are left when hosts are gone."""
+    return {key: tuple(h for h in hosts if h not in gone) for key, hosts in owners.items()}
+
+
+def ownerless(owners: Owners) -> list[ExpertKey]:
+    """Return the keys that nobody owns any more."""
+    return [key for key, hosts in owners.items() if not hosts]
+
+
+def first_owners(owners: Owners, keys: Iterable[ExpertKey]) -> dict[ExpertKey, str]:
+    """Return the first owner of each of ``keys`` that is owned."""
+    return {key: owners[key][0] for key in keys if owners.get(key)}
