@@ -189,7 +189,7 @@ class PoolRun:
                     for number, names in enumerate(self._trunk.blocks)
                     if any(name in trunk for name in names)
                 ]
-                self._each_block(numbers, lambda *block: self._put_gradients(*block, trunk))
+                self._each_block(numbers, lambda key, names: self._put_gradients(key, names, trunk))
                 keys = {trunk_block(self._plan.model, number) for number in numbers}
                 self._exchange(self._steps.reduce_trunk(keys, self._trunk.name))
                 self._exchange(self._steps.commit(groups))

@@ -39,6 +39,7 @@ def attach_model(
     name: str,
     replicas: int,
     exact: bool,
+    train: bool,
     make_config: Callable[[ModelRef], TrunkConfig],
 ) -> PoolTrunk:
     """Send the experts to the pool, free them in this process, and connect the model.
@@ -62,7 +63,10 @@ def attach_model(
             "model's experts"
         )
     ref = ModelRef(
-        name=name, dtype=str(dtype).removeprefix("torch."), config=model.config.to_dict()
+        name=name,
+        dtype=str(dtype).removeprefix("torch."),
+        config=model.config.to_dict(),
+        learns=train,
     )
     shape = ModelShape(
         model=name,
@@ -81,7 +85,7 @@ def attach_model(
         _send(granted, secret, by_number)
     strip_experts(model)
     model.set_experts_implementation(IMPLEMENTATION)
-    return PoolTrunk(make_config(ref), model, layers)
+    return PoolTrunk(make_config(ref), model, layers, learns=train)
 
 
 def _send(granted: Granted, secret: ClusterSecret, layers: Mapping[int, ExpertsLayer]) -> None:

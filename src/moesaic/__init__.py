@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .about import check_spec, default_spec, inspect_model, versions
     from .bench import measure_load
-    from .client import AsyncClient, Client
+    from .clients.http_client import AsyncClient, Client
+    from .clients.router_client import RouterClient
     from .cluster.reports.activity import Activity, ExpertReport
     from .cluster.reports.placing import ChangeReport, DrainReport, PlanReport
     from .cluster.reports.scaling import ScalingReport
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from .cluster.reports.updates import WeightUpdateReport
     from .cluster.spec.spec import Spec, load_spec
     from .connecting import connect
-    from .handle import Cluster, up
+    from .handle import Cluster
     from .models.upcycling.upcycle import upcycle
     from .proto.errors import MoesaicError
-    from .router_client import RouterClient
+    from .starting import up
     from .traces import read_trace, write_trace
 
 # OpenMP reads it once, when torch is loaded. A trunk and its hosts take turns on the same cores,
@@ -71,9 +72,9 @@ __all__ = [
 
 _HOMES = {
     "Activity": "cluster.reports.activity",
-    "AsyncClient": "client",
+    "AsyncClient": "clients.http_client",
     "ChangeReport": "cluster.reports.placing",
-    "Client": "client",
+    "Client": "clients.http_client",
     "Cluster": "handle",
     "ClusterStatus": "cluster.reports.status",
     "DrainReport": "cluster.reports.placing",
@@ -81,7 +82,7 @@ _HOMES = {
     "ExpertReport": "cluster.reports.activity",
     "MoesaicError": "proto.errors",
     "PlanReport": "cluster.reports.placing",
-    "RouterClient": "router_client",
+    "RouterClient": "clients.router_client",
     "ScalingReport": "cluster.reports.scaling",
     "Spec": "cluster.spec.spec",
     "WeightUpdateReport": "cluster.reports.updates",
@@ -92,7 +93,7 @@ _HOMES = {
     "load_spec": "cluster.spec.spec",
     "measure_load": "bench",
     "read_trace": "traces",
-    "up": "handle",
+    "up": "starting",
     "upcycle": "models.upcycling.upcycle",
     "versions": "about",
     "write_trace": "traces",

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from .client import AsyncClient
-from .openai_wire import Options, only
+from .clients.http_client import AsyncClient
+from .clients.openai_wire import Options, only
 from .proto.errors import MoesaicError, RequestError
 
 # Every vocabulary has these ids, and in few of them are they special tokens.

@@ -14,7 +14,7 @@ def connect(target: str = "local") -> Any:
     address, and Unauthenticated without a key.
     """
     if "://" in target:
-        from .router_client import RouterClient
+        from .clients.router_client import RouterClient
 
         return RouterClient(target)
     from .handle import connect as connect_by_name

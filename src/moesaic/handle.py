@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,17 +18,12 @@ import psutil
 from .controller_client import ControllerClient
 from .logs import LogKind, LogLine, read_logs
 from .proto.errors import ClusterError
-from .router_keys import take_key
 from .session import (
     ClusterSession,
-    find_session,
     need_session,
-    note_logs,
-    ray_token,
     remove_session,
     show_token,
     stay_on_loopback,
-    write_session,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +39,6 @@ if TYPE_CHECKING:
     from .cluster.reports.scaling import ScalingReport
     from .cluster.reports.status import ClusterStatus
     from .cluster.reports.updates import WeightUpdateReport
-    from .cluster.spec.spec import Spec
 
 log = logging.getLogger(__name__)
 
@@ -54,72 +47,8 @@ DOWN_TIMEOUT_S = 60.0
 ASK_S = 10.0
 
 
-def _quiet(step: str, done: int, total: int) -> None:
+def quiet(step: str, done: int, total: int) -> None:
     """Show no progress."""
-
-
-def _spec(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
-    from .cluster.spec.spec import Spec, load_spec, parse_spec
-
-    if isinstance(spec, Spec):
-        return spec
-    return parse_spec(dict(spec)) if isinstance(spec, Mapping) else load_spec(spec)
-
-
-def up(
-    spec: Spec | Mapping[str, Any] | str | Path,
-    *,
-    progress: Progress | None = None,
-    warn: Callable[[str], None] = log.warning,
-) -> Cluster:
-    """Start a cluster from a spec, its values, or a YAML file, and wait until it answers.
-
-    Before anything starts, the spec is checked (`check_spec`): errors are raised, other findings go
-    to ``warn``. The calling process owns the cluster, which ends with the process, with
-    `Cluster.down`, or with the `with` block. Raises SpecError, CheckpointError, UnsupportedModel
-    and ClusterError.
-    """
-    # First of all: every process that starts later would inherit the key.
-    router_key = take_key()
-    wanted = _spec(spec)
-    if find_session(wanted.name) is not None:
-        raise ClusterError(
-            f"name: a cluster {wanted.name!r} is running; `moesaic down --name {wanted.name}` "
-            "ends it"
-        )
-    if wanted.ray.address == "local":
-        stay_on_loopback()
-    from .actors.runtime.cluster_secret import router_key_of
-    from .actors.runtime.ray_border import log_folder, ray_address
-    from .actors.serve.launch import launch
-
-    launched = launch(
-        wanted,
-        progress or _quiet,
-        warn,
-        lambda: note_logs(wanted.name, log_folder()),
-        router_key,
-    )
-    try:
-        session = write_session(
-            name=wanted.name,
-            ray_address=ray_address(),
-            embedded=launched.owns_ray,
-            url=launched.url,
-            monitoring=launched.monitoring,
-            ray_token=ray_token() if launched.owns_ray else None,
-            ray_insecure=wanted.ray.insecure,
-            router=launched.router,
-            router_key=None if launched.router is None else router_key_of(launched.namespace),
-            logs=log_folder(),
-            drain_s=wanted.drain_s,
-        )
-        return Cluster(session, launched)
-    except BaseException:
-        with ExitStack() as last_first:
-            last_first.callback(remove_session, wanted.name)
-            last_first.callback(launched.close)
-        raise
 
 
 def connect(name: str = "local") -> Cluster:
@@ -134,7 +63,7 @@ def connect(name: str = "local") -> Cluster:
 
 
 class Cluster:
-    """A running cluster; made by `up` and `connect`."""
+    """A running cluster; made by `moesaic.up` and `connect`."""
 
     def __init__(self, session: ClusterSession, launched: Launched | None) -> None:
         self._session = session
@@ -222,7 +151,7 @@ class Cluster:
             seconds,
             window_s,
             stop=stop or Event(),
-            progress=progress or _quiet,
+            progress=progress or quiet,
         )
 
     # ---- operating ------------------------------------------------------------------------------
@@ -371,16 +300,22 @@ class Cluster:
 
     # ---- models ---------------------------------------------------------------------------------
 
-    def from_pretrained(self, model: str) -> PreTrainedModel:
+    def from_pretrained(self, model: str, *, train: bool = False) -> PreTrainedModel:
         """Load the trunk of one of the cluster's models in this process, with experts in the pool.
 
-        The trunk is an ordinary transformers model: call the trunk, or its `generate`. Raises
-        ClusterError.
+        The trunk is an ordinary transformers model: call the trunk, or its `generate`. With
+        ``train`` gradients go through the pool, and a `PoolOptimizer` applies them; the spec must
+        have `train: true` for the model. Raises CheckpointError, UnsupportedModel and ClusterError.
         """
         from .actors.trunk.trunk import open_trunk
 
-        namespace = self._join()
-        trunk = open_trunk(self._trunk_config(namespace, self._model(model)))
+        namespace, ref = self._join(), self._model(model)
+        if train and not ref.learns:
+            raise ClusterError(
+                f"model: {model!r} was opened to be served alone; set train: true for it in the "
+                "spec (models), and start the cluster again"
+            )
+        trunk = open_trunk(self._trunk_config(namespace, ref), learns=train)
         self._trunks.append(trunk)
         return trunk.model
 
@@ -391,11 +326,13 @@ class Cluster:
         name: str | None = None,
         replicas: int = 1,
         exact: bool = False,
+        train: bool = False,
     ) -> PreTrainedModel:
         """Move the experts of a model in memory into the pool; ``model`` itself is changed.
 
-        The experts' weights are sent to the hosts and freed in this process. Raises
-        UnsupportedModel for an architecture without the experts interface, and ClusterError.
+        The experts' weights are sent to the hosts and freed in this process. ``train`` is as in
+        `from_pretrained`. Raises UnsupportedModel for an architecture without the experts
+        interface, and ClusterError.
         """
         from .actors.trunk.attach import attach_model
 
@@ -406,6 +343,7 @@ class Cluster:
             name=name or f"attached-{secrets.token_hex(3)}",
             replicas=replicas,
             exact=exact,
+            train=train,
             make_config=lambda ref: self._trunk_config(namespace, ref),
         )
         self._trunks.append(trunk)
@@ -495,4 +433,4 @@ class Cluster:
         )
 
 
-__all__ = ["Cluster", "connect", "up"]
+__all__ = ["Cluster", "connect"]

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 
 import moesaic
-from moesaic.client import Client
+from moesaic.clients.http_client import Client
 from tests.helpers.models.architectures import tiny_model
 from tests.helpers.models.tiny import tiny_tokenizer
 from tests.helpers.processes.live import processes_of, wait_until

@@ -17,7 +17,7 @@ from ..session import need_session
 from .terminal import print_json
 
 if TYPE_CHECKING:
-    from ..client import Chunk, Client, Options
+    from ..clients.http_client import Chunk, Client, Options
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -76,7 +76,7 @@ def chat(
     if seed is not None:
         options["seed"] = seed
     url = url_of(name, url)
-    from ..client import Client
+    from ..clients.http_client import Client
 
     with Client(url) as client:
         options["model"] = model or _first_model(client)
@@ -107,7 +107,7 @@ def complete(
     if seed is not None:
         options["seed"] = seed
     text = " ".join(prompt)
-    from ..client import Client
+    from ..clients.http_client import Client
 
     with Client(url_of(name, url)) as client:
         options["model"] = model or _first_model(client)

@@ -83,7 +83,7 @@ def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False
 
 
 def _start(spec: Spec, progress_fd: int, ends: EndSignals) -> Cluster:
-    from ..handle import up
+    from ..starting import up
 
     def armed(report: Report) -> Report:
         def progress(step: str, done: int, total: int) -> None:

@@ -32,7 +32,7 @@ def read_status(name: str) -> StatusDocument:
     if session.monitoring is None:
         cluster, healthy, engines = connect(name).status(), None, None
     else:
-        from ..client import Client
+        from ..clients.http_client import Client
 
         with Client(session.monitoring) as client:
             found = client.status()

@@ -14,7 +14,7 @@ import pytest
 
 import moesaic
 from moesaic import Client
-from moesaic.client import Options
+from moesaic.clients.http_client import Options
 from moesaic.cluster.reports.status import HostProcess, HostStatus
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError

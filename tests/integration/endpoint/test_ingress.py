@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from moesaic.actors.engine.engine import Sampling
-from moesaic.client import Client
+from moesaic.clients.http_client import Client
 from moesaic.proto.errors import ExpertUnavailable
 from tests.helpers.endpoint.engines import reference
 from tests.helpers.endpoint.service import MESSAGES, TEXT, TOKENIZER, Service, chat_ids

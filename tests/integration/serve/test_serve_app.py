@@ -29,7 +29,7 @@ from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve import serve_app
 from moesaic.actors.serve.serve_app import ErrorValue, Trunk, build
-from moesaic.client import Client
+from moesaic.clients.http_client import Client
 from moesaic.cluster.reports.status import EngineStatus
 from moesaic.cluster.spec.parts import MonitoringSpec
 from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel, client_message

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moesaic import bench
-from moesaic.openai_wire import Chunk, Usage
+from moesaic.clients.openai_wire import Chunk, Usage
 
 
 class Endpoint:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from moesaic.client import AsyncClient, Chunk, Client, Model, Usage
+from moesaic.clients.http_client import AsyncClient, Chunk, Client, Model, Usage
 from moesaic.cluster.reports.status import EndpointStatus
 from moesaic.proto.errors import (
     ERRORS,
@@ -237,7 +237,7 @@ def test_retryable_and_not() -> None:
 
 def test_importing_the_client_needs_neither_ray_nor_torch() -> None:
     code = (
-        "import sys, moesaic.client;"
+        "import sys, moesaic.clients.http_client;"
         "print([m for m in ('ray', 'torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -24,7 +24,7 @@ from moesaic.cli import chat
 from moesaic.cli.ending import EXIT_CODES
 from moesaic.cli.main import app, main
 from moesaic.cli.progress import Lines, read_lines
-from moesaic.client import Client
+from moesaic.clients.http_client import Client
 from moesaic.cluster.control.status_views import expert_views
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.load.meter import LoadReport
@@ -238,7 +238,8 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Endpoint:
     found = Endpoint()
     transport = httpx.MockTransport(found)
     monkeypatch.setattr(
-        "moesaic.client.Client", lambda url: Client(url, retries=0, transport=transport)
+        "moesaic.clients.http_client.Client",
+        lambda url: Client(url, retries=0, transport=transport),
     )
     return found
 

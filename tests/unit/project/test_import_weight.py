@@ -22,7 +22,7 @@ HEAVY = ("ray", "torch", "transformers", "scipy", "grpc", "fastapi", "vllm")
     [
         ("moesaic", (*HEAVY, "numpy", "pydantic", "httpx", "safetensors")),
         ("moesaic.cli.main", (*HEAVY, "numpy", "pydantic", "httpx", "safetensors")),
-        ("moesaic.client", (*HEAVY, "numpy", "pydantic")),
+        ("moesaic.clients.http_client", (*HEAVY, "numpy", "pydantic")),
         (
             "moesaic.cluster.spec.spec",
             (*HEAVY, "moesaic.cluster.control.control", "moesaic.cluster.planner.planner"),

@@ -61,7 +61,8 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     cluster cluster/load cluster/routing cluster/training
                                     actors/runtime actors/transport actors/transport/grpc
                                     actors/engine
-actors/training                     proto cluster cluster/training actors/router
+actors/training                     proto cluster cluster/training actors/runtime
+                                    actors/transport/bulk actors/router
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
                                     actors/runtime actors/text actors/engine actors/router
 actors/host/memory                  proto kernels kernels/slabs models/trunk cluster cluster/host
@@ -77,7 +78,7 @@ actors/simulator                    proto kernels models/trunk cluster cluster/l
 actors/trunk                        proto models/folder models/trunk cluster cluster/reports
                                     actors/runtime actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router
-                                    actors/engine/vllm_backend actors/host
+                                    actors/engine/vllm_backend actors/host actors/training
 actors/router_service               proto kernels models/trunk cluster cluster/batching
                                     cluster/reports cluster/routing cluster/spec actors/runtime
                                     actors/transport actors/transport/grpc actors/engine

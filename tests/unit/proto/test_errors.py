@@ -21,8 +21,8 @@ from moesaic.actors.endpoint.openai.responses import error_response
 from moesaic.actors.serve.serve_app import ErrorValue
 from moesaic.actors.transport.grpc.border import from_grpc, to_grpc
 from moesaic.cli import main as command_line
+from moesaic.clients.openai_wire import error_of, mapping_errors
 from moesaic.cluster.service.web_guard import WebGuard
-from moesaic.openai_wire import error_of, mapping_errors
 from moesaic.proto import errors
 from moesaic.proto.errors import (
     ERRORS,

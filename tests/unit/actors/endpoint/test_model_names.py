@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from moesaic.actors.endpoint.http.metrics import HttpMetrics
 from moesaic.actors.endpoint.ingress import create_app
 from moesaic.actors.runtime.process_labels import ProcessLabel, announce, announced
-from moesaic.openai_wire import models, only
+from moesaic.clients.openai_wire import models, only
 from moesaic.proto.errors import RequestError
 from tests.helpers.endpoint.service import BODIES, scripted_models
 

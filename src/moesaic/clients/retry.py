@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .proto.errors import Busy, Expired, MoesaicError
+from ..proto.errors import Busy, Expired, MoesaicError
 
 RETRIES = 2
 # The pause before a retry is drawn from 0 to _PAUSE_S, which doubles with each retry.

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 import httpx
 
-from .proto.errors import (
+from ..proto.errors import (
     ClusterError,
     EngineError,
     Expired,

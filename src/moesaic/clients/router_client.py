@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from .actors.router_service.client_channel import RouterChannel
-from .proto.errors import CallError, Expired, MoesaicError, RequestError, UnknownModel
-from .proto.expert_pb2 import DType
-from .proto.router_pb2 import ComputeHead, ModelsReply
-from .proto.router_wire import RouterLayout
+from ..actors.router_service.client_channel import RouterChannel
+from ..proto.errors import CallError, Expired, MoesaicError, RequestError, UnknownModel
+from ..proto.expert_pb2 import DType
+from ..proto.router_pb2 import ComputeHead, ModelsReply
+from ..proto.router_wire import RouterLayout
+from ..router_keys import key_for
 from .retry import RETRIES, Retries
-from .router_keys import key_for
 
 __all__ = ["RouterClient", "RouterLayer", "RouterModel"]
 

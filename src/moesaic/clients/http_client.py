@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import httpx
 
+from ..proto.errors import ClusterError, EngineError, Expired, MoesaicError
 from .openai_wire import (
     CONNECT_TIMEOUT_S,
     READ_TIMEOUT_S,
@@ -48,11 +49,10 @@ from .openai_wire import (
     only,
     raise_error,
 )
-from .proto.errors import ClusterError, EngineError, Expired, MoesaicError
 from .retry import RETRIES, Retries
 
 if TYPE_CHECKING:
-    from .cluster.reports.status import EndpointStatus
+    from ..cluster.reports.status import EndpointStatus
 
 __all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Embeddings", "Model", "Options", "Usage"]
 
@@ -344,7 +344,7 @@ def _named(model: str | None) -> dict[str, str]:
 
 
 def _status(told: Json) -> EndpointStatus:
-    from .cluster.reports.status import EndpointStatus
+    from ..cluster.reports.status import EndpointStatus
 
     try:
         return EndpointStatus.model_validate(told)
