@@ -153,14 +153,18 @@ class PoolRun:
                     found.setdefault((key.layer, name), []).append(square)
         return {where: math.fsum(squares) for where, squares in found.items()}
 
-    def not_finite(self) -> list[tuple[ExpertKey, str]]:
-        """Return the experts whose gradients are not finite, after `squares`."""
-        return [
-            (key, name)
+    def not_finite(self) -> tuple[str, ...]:
+        """Return a name for each expert's gradient that `squares` has found not to be finite."""
+        return tuple(
+            f"{name} of {key}"
             for key, named in self._squares.items()
             for name, square in named.items()
             if not math.isfinite(square)
-        ]
+        )
+
+    def listen(self, learned: Callable[[int], None]) -> None:
+        """Call ``learned(layer)`` whenever gradients of a layer's call were added up."""
+        self._trunk.learning.listen(learned)
 
     def commit(
         self,

@@ -150,6 +150,17 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Serve:
+    """Serve the owned experts that this host holds as ``version``, too, with their masters' values.
+
+    It is for owners that have taken over a checkpoint's state. The answer is None.
+    """
+
+    run: RunId
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Renew:
     """Fetch a version of experts that this host holds from their owners, and serve it, too.
 
@@ -168,5 +179,5 @@ class CloseRun:
     run: RunId
 
 
-Order = OpenRun | Own | Disown | Begin | Gather | Reduce | Commit | Renew | CloseRun
+Order = OpenRun | Own | Disown | Begin | Gather | Reduce | Commit | Serve | Renew | CloseRun
 Answer = Gathered | Prepared | None

@@ -2,7 +2,8 @@
 
 A folder is written under another name beside its own, a *draft*, brought to the disk, and renamed.
 Whoever writes a draft holds a lock on it, so a draft without a lock is what a process left that was
-killed. The names beside folder X all begin with a dot:
+killed. Into a folder that has other files, too, a draft's files are moved one by one, and the file
+that says that all are there is moved last. The names beside folder X all begin with a dot:
 
 - ``.X.*.draft``: is being written;
 - ``.X.*.replaced``: the whole folder that had been X; it is X again if nothing replaced it;
@@ -17,7 +18,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,14 +37,51 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         tidy(target.parent, target.name)
     if not overwrite and os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "the folder exists", str(target))
+    with _draft(target) as draft:
+        yield draft
+        _sync_all(draft)
+        _put(draft, target, overwrite)
+
+
+@contextmanager
+def filled_folder(target: Path, last: str, replaced: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield an empty draft, whose files are in ``target`` at the end, and on the disk.
+
+    Other files of ``target`` stay, but for those that the patterns ``replaced`` match. While files
+    are moved it has no file ``last``, which comes last. Raises OSError.
+    """
+    if not os.path.lexists(target):
+        with new_folder(target) as draft:
+            yield draft
+        return
+    tidy(target.parent, target.name)
+    with _draft(target) as draft:
+        yield draft
+        _sync_all(draft)
+        (target / last).unlink(missing_ok=True)
+        _sync(target)
+        new = {file.relative_to(draft) for file in draft.rglob("*") if file.is_file()}
+        for old in [file for pattern in replaced for file in target.glob(pattern)]:
+            if old.is_file() and old.relative_to(target) not in new:
+                old.unlink()
+        for file in sorted(new - {Path(last)}):
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            (draft / file).replace(target / file)
+        for folder in {(target / file).parent for file in new}:
+            _sync(folder)
+        (draft / last).replace(target / last)
+        _sync(target)
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    """Yield an empty draft with a lock on it; what is left of it at the end is removed."""
     draft = _beside(target, "draft")
     draft.mkdir()
     opened = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX)
         yield draft
-        _sync_all(draft)
-        _put(draft, target, overwrite)
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # what stays is removed by `tidy`
         os.close(opened)

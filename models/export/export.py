@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -51,16 +51,16 @@ def export_model(
     Raises CheckpointError if trunk or experts are not those of the plan, or the folder cannot be
     written; also if it exists, unless ``overwrite``.
     """
-    with writing(target, overwrite=overwrite) as draft:
+    with writing(target, new_folder(target, overwrite=overwrite)) as draft:
         write_model(draft, plan, trunk, experts, source)
 
 
 @contextmanager
-def writing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a draft of ``target``, as `new_folder` does. Raises CheckpointError for OSError."""
+def writing(target: Path, draft: AbstractContextManager[Path]) -> Iterator[Path]:
+    """Yield the draft of ``target``. Raises CheckpointError in place of OSError."""
     try:
-        with new_folder(target, overwrite=overwrite) as draft:
-            yield draft
+        with draft as folder:
+            yield folder
     except FileExistsError as error:
         raise CheckpointError(
             f"{target}: exists already; give another folder, or say that it is to be overwritten"

@@ -18,9 +18,12 @@ from transformers import PreTrainedModel
 
 from ...proto.errors import CheckpointError
 from ..folder.expert_file import Place, write_experts
+from ..folder.files import INDEX_FILE
 from ..trunk.checkpoint import Checkpoint
+from .draft import filled_folder, new_folder
 from .export import ExpertsOf, write_model, writing
 from .manifest import (
+    MANIFEST_FILE,
     Manifest,
     StoredExpert,
     StoredPart,
@@ -30,6 +33,8 @@ from .manifest import (
 from .plan import ExportPlan
 
 STATE_FOLDER = "state"
+# What a checkpoint replaces in a folder that exists, beside the files that it brings.
+_REPLACED = (f"{STATE_FOLDER}/*.safetensors", "model*.safetensors", INDEX_FILE)
 MAX_PART_BYTES = 2 * 10**9  # of a file in ``state/``, unless one expert's state is larger
 
 # layer -> (expert, {"NAME.KIND": tensor}) of each expert, such as "up.exp_avg" or "down.master"
@@ -48,8 +53,12 @@ def write_checkpoint(
     trunk_state: Iterable[tuple[str, Tensor]] = (),
     source: Path | None = None,
     max_part_bytes: int = MAX_PART_BYTES,
+    into: bool = False,
 ) -> None:
     """Write the folder ``target``, whole or not at all, and return when it is on the disk.
+
+    With ``into`` the folder may exist, and other files in it stay; it is no checkpoint while files
+    are moved into it, as they are when all are written.
 
     ``plan``, ``trunk``, ``experts`` and ``source`` are those of `export_model`. ``run`` is the
     run's own state, and ``state`` and ``trunk_state`` are fp32 masters and the optimizer's state
@@ -71,7 +80,8 @@ def write_checkpoint(
             sums[layer, expert] = sum_of_tensors(tensors)
             yield expert, tensors
 
-    with writing(target) as draft:
+    new = filled_folder(target, MANIFEST_FILE, _REPLACED) if into else new_folder(target)
+    with writing(target, new) as draft:
         write_model(draft, plan, trunk, counted, source)
         (draft / STATE_FOLDER).mkdir()
         states: dict[Place, StoredPart | None] = {}

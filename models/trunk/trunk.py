@@ -179,6 +179,7 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
         )
     # `from_pretrained` keeps those of the tensors that it was given, and experts have others.
     trunk._weight_conversions = fitting.transforms
+    trunk.name_or_path = trunk.config._name_or_path = str(path)  # its tokenizer is found by this
     trunk.requires_grad_(False)
     return trunk.to(device).eval()
 

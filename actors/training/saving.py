@@ -1,0 +1,138 @@
+"""Checkpoints of a training run: from its owners to a folder, and back.
+
+The folder is that of `models/export/`. Masters are written for 16-bit weights alone; weights of the
+wide type are their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...cluster.expert_keys import TRUNK, ExpertKey
+from ...cluster.training.steps import Trained
+from ...models.export.plan import ExportPlan
+from ...models.export.training_checkpoint import TrainingCheckpoint
+from ...models.export.write_checkpoint import write_checkpoint
+from ...models.trunk.trunk import load_trunk
+from ...proto.errors import CheckpointError
+from ...proto.wire import wide
+
+# (kind, key) -> its tensors after the last commit, valid inside the block
+ReadTensors = Callable[
+    [Literal["weights", "state"], ExpertKey], AbstractContextManager[Mapping[str, Tensor]]
+]
+
+_MASTER = ".master"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRun:
+    """What is saved of a run, and where it is read."""
+
+    model: str
+    trunk: PreTrainedModel
+    trained: Mapping[ExpertKey, Trained]
+    blocks: Mapping[ExpertKey, Sequence[str]]  # names of the trunk's parameters
+    read: ReadTensors
+
+    def write(self, folder: Path, plan: ExportPlan, *, step: int, about: Mapping[str, Any]) -> None:
+        """Write a checkpoint; nothing may be committed meanwhile. Raises CheckpointError."""
+        write_checkpoint(
+            folder,
+            plan,
+            self.trunk,
+            lambda layer: self._experts(plan, layer, "weights"),
+            step=step,
+            run=about,
+            state=lambda layer: self._experts(plan, layer, "state"),
+            trunk_state=self._trunk_state(),
+            source=Path(self.trunk.name_or_path) if self.trunk.name_or_path else None,
+            into=True,
+        )
+
+    def _experts(
+        self, plan: ExportPlan, layer: int, kind: Literal["weights", "state"]
+    ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        for expert in range(plan.layers[layer].num_experts):
+            key = ExpertKey(self.model, layer, expert)
+            if kind == "state" and key not in self.trained:
+                yield expert, {}
+                continue
+            with self.read(kind, key) as tensors:
+                yield expert, tensors if kind == "weights" else _stored(tensors, plan.dtype)
+
+    def _trunk_state(self) -> Iterator[tuple[str, Tensor]]:
+        parameters = dict(self.trunk.named_parameters())
+        for key, names in self.blocks.items():
+            with self.read("state", key) as tensors:
+                for name in names:
+                    mine = {k: t for k, t in tensors.items() if k.rpartition(".")[0] == name}
+                    yield from _stored(mine, parameters[name].dtype).items()
+
+
+def _stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {k: t for k, t in state.items() if not (dtype == wide(dtype) and k.endswith(_MASTER))}
+
+
+class LoadedRun:
+    """A checkpoint as the owners of a run take it."""
+
+    def __init__(self, checkpoint: TrainingCheckpoint, saved: SavedRun) -> None:
+        """Check it whole. Raises CheckpointError if it is damaged, or of another model."""
+        self._checkpoint = checkpoint
+        self._saved = saved
+        checkpoint.check()
+        experts = {ExpertKey(saved.model, *place) for place in checkpoint.experts}
+        if other := {key for key in saved.trained if key.layer != TRUNK} - experts:
+            raise CheckpointError(
+                f"{checkpoint.path}: it has no {min(other)}; it is a checkpoint of another model"
+            )
+        trunk = saved.trunk
+        loaded = load_trunk(checkpoint.path, dtype=trunk.dtype, device=torch.device("cpu"))
+        self.parameters: dict[str, Tensor] = dict(loaded.named_parameters())
+        self._trunk_state: dict[str, Tensor] = dict(checkpoint.trunk_state())
+        for name, parameter in trunk.named_parameters():
+            found = self.parameters.get(name)
+            if found is not None and found.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {name} is {tuple(found.shape)}, and {tuple(parameter.shape)}"
+                    " in the trunk; it is a checkpoint of another model"
+                )
+
+    def check_frozen(self, key: ExpertKey, served: Mapping[str, Tensor]) -> None:
+        """Check that what is not trained of an expert is as in the checkpoint."""
+        trained = self._saved.trained[key].groups if key in self._saved.trained else {}
+        stored = self._checkpoint.weights(key.layer, key.expert)
+        for name in stored.keys() - trained.keys():
+            if not torch.equal(stored[name], served[name]):
+                raise CheckpointError(
+                    f"{self._checkpoint.path}: {name} of {key} is not trained by this run, and is "
+                    "another one in the pool; serve the checkpoint's folder to go on from it"
+                )
+
+    def state(self, key: ExpertKey) -> dict[str, Tensor]:
+        """Return the state of a key, as an owner takes it. Raises CheckpointError."""
+        names = self._saved.trained[key].groups
+        if key.layer == TRUNK:
+            weights, stored = self.parameters, self._trunk_state
+        else:
+            weights = self._checkpoint.weights(key.layer, key.expert)
+            stored = self._checkpoint.state(key.layer, key.expert)
+        found = {k: t for k, t in stored.items() if k.rpartition(".")[0] in names}
+        for name in names:
+            if not any(kind.rpartition(".")[0] == name for kind in found):
+                raise CheckpointError(
+                    f"{self._checkpoint.path}: it has no optimizer's state of {name} of {key}, "
+                    "which its run did not train"
+                )
+            if name + _MASTER not in found:
+                found[name + _MASTER] = weights[name].detach()
+        return found
