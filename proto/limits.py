@@ -27,3 +27,9 @@ MAX_INFLIGHT_BYTES = 256 << 20
 MAX_ARRIVING_BYTES = 1 << 30
 # Bytes of weights in flight, in both directions; a larger expert is sent alone.
 MAX_WEIGHTS_BYTES = 1 << 30
+
+# ---- what one host keeps for a training run ------------------------------------------------------
+
+# Tensors of one block of a trunk; all such tensors that were put and are not used yet.
+MAX_BLOCK_BYTES = 4 << 30
+MAX_PUT_BYTES = 64 << 30
