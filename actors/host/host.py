@@ -39,6 +39,8 @@ from ..runtime.devices import (
     pinned_numa_node,
 )
 from ..transport.base import Listener
+from ..transport.bulk.links import BulkLinks
+from ..transport.bulk.server import BulkServer
 from ..transport.grpc.stream import GrpcListener
 from ..transport.grpc.weights import get_weights
 from ..transport.shm import ShmListener
@@ -114,14 +116,17 @@ class ExpertHost:
         self._fence = Fence()
         self._fence_lock = threading.Lock()
         self._secret = secret or secret_of_process()
-        self.training = HostTraining(
-            name, self._store, self._residency, self._served, self._with_gradients, None
-        )
         meant = target(name, self.incarnation)
+        self._links = BulkLinks(node, self._secret)
+        self.training = HostTraining(
+            name, self._store, self._residency, self._served, self._with_gradients, self._links
+        )
+        self._bulk = BulkServer(self.training, secret=self._secret, target=meant)
         shm = ShmListener(secret=self._secret, target=meant, device_memory=transport == "device")
         grpc = GrpcListener(
             f"{bind}:0",
             weights=_Weights(self),
+            bulk=self.training,
             device=self._store.device,
             groups=groups_of(transport, device_name(self._store.device)),
             fits=partial(check_fit, self._residency),
@@ -136,6 +141,7 @@ class ExpertHost:
             grpc_address=grpc.address,
             device=device_name(self._store.device),
             numa=pinned_numa_node(),
+            bulk_address=self._bulk.address,
         )
         listeners: list[Listener] = [shm, grpc]
         self._adoption = Adoption(name, self._store)
@@ -301,6 +307,8 @@ class ExpertHost:
     def close(self) -> None:
         self.leave()
         self._adoption.close()
+        self._bulk.close()
+        self._links.close()
         self._loop.close()
         self._store.close()
 

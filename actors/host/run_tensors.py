@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ from .weight_store import ExpertStore
 
 # How long to wait for others that use the tensors: commits, and copies of one key.
 _WAIT_S = 60.0
-_HEADER_BYTES = 256  # of a tensor in a message, and of the rest of it
+# Upper bound for a safetensors header: per tensor (besides its name), and for the rest of it.
+_HEADER_BYTES = 256
 
 
 class _LastCommit(NamedTuple):
@@ -260,23 +261,20 @@ class RunTensors:
     def most_bytes(self, key: BulkKey) -> int:
         """Return the largest size of what may be put or read. Raises NotHere and CallError."""
         self.check_model(key.key)
-        if key.key.layer == TRUNK:
-            if key.kind != "gradient":
-                return MAX_BLOCK_BYTES
-            with self._holding():
-                masters = self.owned.masters(key.key)
-            # Gradients have any type: eight bytes are the most.
-            return sum(8 * m.numel() for m in masters.values()) + _header(len(masters))
-        shapes, dtype = self._store.expert_forms(key.key)
-        elements = sum(map(math.prod, shapes.values()))
-        if key.kind == "weights":
-            return self._store.most_bytes(key.key)
-        if key.kind == "gradient":
-            return elements * wide_dtype(dtype).itemsize + _header(len(shapes))
-        rule, wide = self.owned.rule, wide_dtype(dtype)
-        parts = [rule.bytes_of(shape, dtype) for shape in shapes.values()]
-        count = sum(2 + len(rule.state_forms(len(shape), wide)) for shape in shapes.values())
-        return sum(one.master + one.state for one in parts) + 8 * len(shapes) + _header(count)
+        forms = self._forms(key.key)
+        if forms is None:
+            if key.kind == "gradient":
+                raise NotHere(f"{key.key} has another owner")
+            return MAX_BLOCK_BYTES
+        if key.kind != "state":
+            # A trunk's gradients have any type: eight bytes are the most.
+            wide = 8 if key.key.layer == TRUNK else max(t.itemsize for _, t in forms.values())
+            sizes = [wide * math.prod(shape) for shape, _ in forms.values()]
+            return sum(sizes) + _header(forms, 1)
+        rule = self.owned.rule
+        parts = [rule.bytes_of(shape, dtype) for shape, dtype in forms.values()]
+        kinds = [2 + len(rule.state_forms(len(shape), dtype)) for shape, dtype in forms.values()]
+        return sum(one.master + one.state for one in parts) + _header(forms, max(kinds, default=0))
 
     # ---- steps ----------------------------------------------------------------------------------
 
@@ -333,6 +331,20 @@ class RunTensors:
                     f"{dtype} {shapes.get(name)}"
                 )
 
+    def _forms(self, key: ExpertKey) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
+        """Return the shapes and types of a key's masters; None for an unknown block of the trunk.
+
+        Raises NotHere and CallError.
+        """
+        if key.layer != TRUNK:
+            shapes, dtype = self._store.expert_forms(key)
+            return {name: (shape, wide_dtype(dtype)) for name, shape in shapes.items()}
+        with self._holding():
+            if key not in self.owned:
+                return None
+            masters = self.owned.masters(key)
+        return {name: (tuple(one.shape), one.dtype) for name, one in masters.items()}
+
     def _check_run(self, run: int) -> None:
         if run != self.opened.run:
             raise NotHere(f"run {run} is not the one of {self._host}, {self.opened.run}")
@@ -362,5 +374,6 @@ def _nbytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _header(tensors: int) -> int:
-    return _HEADER_BYTES * (1 + tensors)
+def _header(names: Collection[str], kinds: int) -> int:
+    """Return a bound for a safetensors header, of so many tensors for each name."""
+    return _HEADER_BYTES + sum(kinds * (_HEADER_BYTES + len(name)) for name in names)
