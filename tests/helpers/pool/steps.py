@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.transport.bulk.links import BulkLinks
 from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import (
     FIRST_VERSION,
@@ -43,6 +44,7 @@ from moesaic.proto.errors import HostLost
 from tests.helpers.pool.training import Trunk, loss_of
 
 RUN, WORKER = 1, "worker"
+DEADLINE_S = 30.0
 BLOCKS = 2  # of the trunk
 Sources = dict[ExpertKey, tuple[str, ...] | None]
 
@@ -68,6 +70,12 @@ class LocalLinks:
         for tensor in copies.values():
             tensor.fill_(-1)
 
+    def put(
+        self, entry: HostEntry, given: BulkKey, tensors: Mapping[str, Tensor], *, timeout_s: float
+    ) -> None:
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        self._hosts[entry.host].training.put(given, copies)
+
 
 class Steps:
     """A run over a trunk's hosts; ``owners`` has the hosts of each key."""
@@ -78,16 +86,27 @@ class Steps:
         *,
         redundancy: int = 0,
         times: int = 1,
-        links: bool = True,
+        near: bool | None = None,
         groups: Callable[[ExpertKey, str], int | None] = lambda key, name: 0,
     ) -> None:
-        """Each order is sent ``times`` times. Tensors without a group are frozen."""
+        """Each order is sent ``times`` times. Tensors without a group are frozen.
+
+        ``near``: hosts are reached as on this node, or as on others. None: without a transport.
+        """
         self.trunk, self._times, self._groups = trunk, times, groups
         self.hosts = {host.name: host for host in trunk.pool.hosts}
         self.entries = {name: host.entry() for name, host in self.hosts.items()}
         self.links = LocalLinks(trunk.pool.hosts)
-        for host in self.hosts.values() if links else ():
-            host.training._links = self.links
+        self.client: BulkLinks | LocalLinks = self.links
+        if near is None:
+            for host in self.hosts.values():
+                host._links.close()
+                host.training._links = self.links
+        else:
+            self.client = BulkLinks("here")
+            trunk.pool.stack.callback(self.client.close)
+            node = "here" if near else "elsewhere"
+            self.entries = {name: replace(one, node=node) for name, one in self.entries.items()}
         self.run, self.version = RUN, FIRST_VERSION
         self.attempt = Attempt(RUN, 0, 0)
         self.parameters: dict[str, Any] = dict(trunk.model.named_parameters())
@@ -136,12 +155,12 @@ class Steps:
             served = {n: h for n, h in self.hosts.items() if h._residency.versions(key)}
             for host in set(owners) - served.keys():
                 if key.layer == TRUNK:
-                    tensors = {n: self.parameters[n].detach().clone() for n in self.blocks[key]}
+                    tensors = {n: self.parameters[n].detach() for n in self.blocks[key]}
                 else:
                     one = ExpertVersion(key, self.version)
                     tensors = next(iter(served.values()))._store.get(one)
                 given = BulkKey("weights", key, version=self.version, run=self.run)
-                self.hosts[host].training.put(given, tensors)
+                self.client.put(self.entries[host], given, tensors, timeout_s=DEADLINE_S)
 
     def own(self) -> None:
         self.put_weights()
@@ -176,13 +195,13 @@ class Steps:
                 sources[key] = (*have, host)
         return sources | dict.fromkeys(self.blocks, (WORKER,))
 
-    def put_gradients(self, source: str = WORKER, share: float = 1.0) -> None:
+    def put_gradients(self) -> None:
         for key, names in self.blocks.items():
             found = {name: self.parameters[name].grad for name in names}
-            given = BulkKey("gradient", key, attempt=self.attempt, source=source)
+            given = BulkKey("gradient", key, attempt=self.attempt, source=WORKER)
             for host in self.owners[key]:
-                tensors = {n: share * grad for n, grad in found.items() if grad is not None}
-                self.hosts[host].training.put(given, tensors)
+                tensors = {n: grad for n, grad in found.items() if grad is not None}
+                self.client.put(self.entries[host], given, tensors, timeout_s=DEADLINE_S)
 
     def reduce(self, sources: Sources) -> dict[ExpertKey, Mapping[str, float]]:
         found: dict[ExpertKey, Mapping[str, float]] = {}
@@ -226,10 +245,8 @@ class Steps:
         self.evict()
         for key, names in self.blocks.items():
             wanted = BulkKey("weights", key, version=self.version)
-            with (
-                self.hosts[self.owners[key][-1]].training.reading(wanted) as found,
-                torch.no_grad(),
-            ):
+            entry = self.entries[self.owners[key][-1]]
+            with self.client.get(entry, wanted, timeout_s=DEADLINE_S) as found, torch.no_grad():
                 for name in names:
                     if name in found:
                         self.parameters[name].copy_(found[name])

@@ -524,32 +524,33 @@ def test_what_is_read_does_not_change_with_a_commit(
         assert {int(found[0][f"{name}.commits"]) for name in steps.blocks[key]} == {2}
 
 
+def put_and_held(steps: Steps) -> list[weakref.ref[Any]]:
+    """Put gradients of zero for the trunk's blocks; return what knows whether they are freed."""
+    held: list[weakref.ref[Any]] = []
+    for key, names in steps.blocks.items():
+        given = BulkKey("gradient", key, attempt=steps.attempt, source=WORKER)
+        for host in steps.owners[key]:
+            shapes = {name: tuple(steps.parameters[name].shape) for name in names}
+            memory = {name: numpy.zeros(shape, numpy.float32) for name, shape in shapes.items()}
+            held += map(weakref.ref, memory.values())
+            tensors = {name: torch.from_numpy(one) for name, one in memory.items()}
+            steps.hosts[host].training.put(given, tensors)
+    return held
+
+
 def test_gradients_are_freed(folder: Path) -> None:
     with running(folder, hosts=2, replicas=2, redundancy=1) as steps:
         for end in ("commit", "again", "close"):
             steps.trunk.model.zero_grad()
             steps.backward(IDS)
             sources = steps.gather()
-            memory = {
-                (key, name): numpy.zeros(tuple(steps.parameters[name].shape), numpy.float32)
-                for key, names in steps.blocks.items()
-                for name in names
-            }
-            for key, names in steps.blocks.items():
-                given = BulkKey("gradient", key, attempt=steps.attempt, source=WORKER)
-                for host in steps.owners[key]:
-                    put = {n: torch.from_numpy(memory[key, n])[:] for n in names}
-                    steps.hosts[host].training.put(given, put)
-            held = [weakref.ref(one) for one in memory.values()]
-            del memory, put
+            held = put_and_held(steps)
             for host in steps.hosts.values():
-                mine = [key for key, hosts in sources.items() if host.name in (hosts or ())]
-                for key in mine:
+                for key in [key for key, hosts in sources.items() if host.name in (hosts or ())]:
                     wanted = BulkKey("gradient", key, attempt=steps.attempt, source=host.name)
                     with host.training.reading(wanted) as tensors:
-                        held += [weakref.ref(tensor) for tensor in tensors.values()]
+                        held += map(weakref.ref, tensors.values())
                         del tensors
-
             steps.reduce(sources)
             assert len(held) > 20
             assert all(one() is not None for one in held)
@@ -573,25 +574,22 @@ def test_what_was_put_is_freed_when_it_is_summed_up(folder: Path) -> None:
         (owner,) = steps.owners[key]
         (name, *_) = steps.blocks[key]
         shape = tuple(steps.parameters[name].shape)
-        memory = [numpy.ones(shape, numpy.float32) for _ in range(2)]
-        for source, one in zip("ab", memory, strict=True):
+
+        def put(source: str) -> weakref.ref[Any]:
+            memory = numpy.ones(shape, numpy.float32)
             given = BulkKey("gradient", key, attempt=steps.attempt, source=source)
-            for _ in range(2):
-                steps.hosts[owner].training.put(given, {name: torch.from_numpy(one)})
-        held = [weakref.ref(one) for one in memory]
-        memory.clear()
-        del one
-        reduce = Reduce(attempt=steps.attempt, sources={key: ("a", "b")})
+            steps.hosts[owner].training.put(given, {name: torch.from_numpy(memory)})
+            return weakref.ref(memory)
+
+        replaced = put("a")
+        held = [put(source) for source in "ab"]
+        assert replaced() is None
         assert all(found() is not None for found in held)
+        reduce = Reduce(attempt=steps.attempt, sources={key: ("a", "b")})
         answer = steps.order(owner, reduce)
         assert [found() for found in held] == [None, None]
         assert steps.order(owner, reduce) == answer
-        late = BulkKey("gradient", key, attempt=steps.attempt, source="a")
-        one = numpy.ones(shape, numpy.float32)
-        steps.hosts[owner].training.put(late, {name: torch.from_numpy(one)})
-        held = [weakref.ref(one)]
-        del one
-        assert held[0]() is None
+        assert put("a")() is None
 
 
 def test_renewing_checks_what_comes(folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moesaic.cluster.expert_keys import TRUNK, ExpertKey
 from moesaic.cluster.training.orders import BulkKey, Disown, GroupUpdate, NewlyOwned, Own
+from moesaic.proto.errors import HostLost
 from tests.helpers.pool.steps import Steps, experts_in, same
 from tests.helpers.pool.training import IDS, assert_near, loss_of, plain_model, saved, training
 
@@ -79,7 +80,7 @@ def test_steps_are_those_of_an_optimizer_over_the_whole_model(
             assert found == pytest.approx(total, rel=1e-12)
             assert_like(steps, plain, 1e-12)
         assert idle, "all experts had tokens"
-        kinds = {wanted.kind for _, wanted in steps.links.fetched}
+        kinds = {one.kind for _, one in steps.links.fetched if one.key.layer != TRUNK}
         everywhere = redundancy == 2  # nobody needs another owner's weights
         assert kinds == ({"gradient"} if everywhere else {"gradient", "weights"})
 
@@ -102,10 +103,12 @@ def test_owners_of_one_key_keep_the_same_bits(folder: Path, exact: bool) -> None
                 assert torch.equal(tensor, steps.state(key, owner)[f"{name}.master"])
 
 
-def trained(folder: Path, *, moved: bool) -> dict[tuple[ExpertKey, str], Tensor]:
+def trained(
+    folder: Path, *, moved: bool, near: bool | None = None
+) -> dict[tuple[ExpertKey, str], Tensor]:
     """Return masters and state after four steps; ``moved``: owners change after two."""
-    with training(folder, dtype=torch.float32, hosts=3, opened=False) as trunk:
-        steps = Steps(trunk)
+    with training(folder, dtype=torch.float32, hosts=3, replicas=2, opened=False) as trunk:
+        steps = Steps(trunk, near=near)
         steps.open()
         steps.own()
         for number in range(4):
@@ -142,6 +145,33 @@ def move(steps: Steps) -> None:
 
 def test_state_that_moves_to_other_hosts_goes_on_to_the_bit(folder: Path) -> None:
     assert same(trained(folder, moved=True), trained(folder, moved=False))
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_transports_change_no_bit(folder: Path, near: bool) -> None:
+    """Over shared memory, and over gRPC."""
+    assert same(trained(folder, moved=True, near=near), trained(folder, moved=False))
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_a_host_that_has_ended_is_lost_to_the_others(folder: Path, near: bool) -> None:
+    with training(folder, dtype=torch.float32, hosts=3, replicas=3, opened=False) as trunk:
+        steps = Steps(trunk, redundancy=1, near=near)
+        steps.open()
+        steps.own()
+        steps.step(*MICROBATCHES, groups=UPDATE)
+        steps.begin()
+        steps.backward(*MICROBATCHES)
+        sources = steps.gather()
+        steps.put_gradients()
+        before = steps.states()
+        steps.hosts["host-2"].close()
+        for host in ("host-0", "host-1"):
+            with pytest.raises(HostLost):
+                steps.reduce_at(host, sources)
+            mine = {at: tensor for at, tensor in before.items() if at[1] == host}
+            found = {at: tensor for at, tensor in steps.states().items() if at[1] == host}
+            assert same(mine, found)
 
 
 @pytest.mark.parametrize("redundancy", [0, 1])
