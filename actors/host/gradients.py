@@ -8,12 +8,10 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from ...cluster.expert_keys import ExpertKey, LayerKey
+from ...cluster.expert_keys import LayerKey
 from ...cluster.training.contributions import Attempt, Contributions, Part
 from ...kernels.backward.accumulators import GradientAccumulators
 from ...kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm, PendingGradients
@@ -97,15 +95,20 @@ class HostGradients:
             self._contributions.break_off(f"{key}: {describe_error(error)}")
             raise
 
-    def take(self, attempt: Attempt) -> Mapping[ExpertKey, dict[str, Tensor]]:
-        """Return the gradients of the attempt under way by expert and name, and forget them.
+    def close(self, attempt: Attempt) -> GradientAccumulators:
+        """Close the attempt under way for calls, and return its sums, which are the caller's now.
 
-        They have the shapes of the model's tensors, and are float32 (float64 for such experts).
-        Experts that no token has used are missing.
+        They stay the same object until another attempt begins. Their keys are experts; those that
+        no token has used are missing. Raises NotHere, and InternalError as `Contributions.close`.
         """
-        self._contributions.check_whole(attempt)
-        keys = list(self._sums)
-        return {key: self._sums.take(key) for key in keys if isinstance(key, ExpertKey)}
+        self._contributions.close(attempt)
+        return self._sums
+
+    def forget(self) -> None:
+        """Drop what was added up, and close the attempt under way: its run is over."""
+        self._contributions.forget()
+        self._sums = GradientAccumulators()
+        self._pending = None
 
     def _form(self, key: LayerKey, layer: CpuLayer) -> BackwardForm:
         if key not in self._forms:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import psutil
 import torch
@@ -27,8 +28,8 @@ from ...cluster.host.fence import Fence
 from ...cluster.host.residency import HostLimits, LayerShape, Residency
 from ...cluster.placement import HostEntry
 from ...cluster.routing.transports import TransportChoice, groups_of
-from ...cluster.training.contributions import Attempt
-from ...proto.errors import CallError, Forbidden
+from ...cluster.training.orders import Answer, Order
+from ...proto.errors import Forbidden
 from ...proto.keys import ClusterSecret, Grant, secret_of_process, target
 from ..runtime.devices import (
     check_packages,
@@ -38,15 +39,19 @@ from ..runtime.devices import (
     pinned_numa_node,
 )
 from ..transport.base import Listener
+from ..transport.bulk.links import BulkLinks
+from ..transport.bulk.server import BulkServer
 from ..transport.grpc.stream import GrpcListener
 from ..transport.grpc.weights import get_weights
 from ..transport.shm import ShmListener
 from .adoption import Adoption, model_as_json
 from .device import HostCard
+from .gradients import HostGradients
 from .host_loop import HostLoop, check_fit
 from .memory.kept_memory import KeptMemory
 from .report import HostReport, PlacedModel, Revision
-from .weight_store import ExpertStore, open_model
+from .training import HostTraining
+from .weight_store import ExpertStore, ServedWeights, open_model
 
 # Time limit for fetching one expert from a peer.
 FETCH_TIMEOUT_S = 60.0
@@ -56,6 +61,8 @@ FETCH_TIMEOUT_S = 60.0
 _LOOK_S = 0.2
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ExpertHost:
@@ -99,6 +106,7 @@ class ExpertHost:
         self._store = ExpertStore(where, partial(open_model, budget=budget))
         policy = (limits or HostLimits()).policy(gpu=where.type != "cpu")
         self._residency = Residency(policy, incarnation=self.incarnation)
+        self._served = ServedWeights(name, self._store, self._residency, self._hold)
         self._loading = 0
         self._models: dict[str, PlacedModel] = {}
         self._kept = kept
@@ -109,10 +117,16 @@ class ExpertHost:
         self._fence_lock = threading.Lock()
         self._secret = secret or secret_of_process()
         meant = target(name, self.incarnation)
+        self._links = BulkLinks(node, self._secret)
+        self.training = HostTraining(
+            name, self._store, self._residency, self._served, self._with_gradients, self._links
+        )
+        self._bulk = BulkServer(self.training, secret=self._secret, target=meant)
         shm = ShmListener(secret=self._secret, target=meant, device_memory=transport == "device")
         grpc = GrpcListener(
             f"{bind}:0",
             weights=_Weights(self),
+            bulk=self.training,
             device=self._store.device,
             groups=groups_of(transport, device_name(self._store.device)),
             fits=partial(check_fit, self._residency),
@@ -127,6 +141,7 @@ class ExpertHost:
             grpc_address=grpc.address,
             device=device_name(self._store.device),
             numa=pinned_numa_node(),
+            bulk_address=self._bulk.address,
         )
         listeners: list[Listener] = [shm, grpc]
         self._adoption = Adoption(name, self._store)
@@ -175,7 +190,7 @@ class ExpertHost:
                 for one in lacking:
                     peer = (peers or {}).get(one)
                     shape = self._fetch(one, peer) if peer else self._store.load(one)
-                    self._hold(one, shape)
+                    self._hold({one: shape})
                     self._loading -= 1
                 if lacking:
                     log.info(
@@ -220,21 +235,14 @@ class ExpertHost:
         log.info("host %s has released %d experts", self.name, len(gone), extra={"host": self.name})
         _return_freed_memory()
 
-    def begin_attempt(self, attempt: Attempt, *, exact: bool = False) -> None:
-        """Begin an attempt at a training step, and forget the gradients of the one before.
-
-        The one that is under way goes on. Raises Superseded for one that came before it.
-        """
-        self._loop.call(lambda: self._loop.gradients.begin(attempt, exact=exact))
-
-    def take_gradients(self, attempt: Attempt) -> dict[ExpertKey, dict[str, Tensor]]:
-        """Return this host's gradients of the attempt under way, and forget them.
-
-        See `HostGradients.take`.
-        """
-        found: dict[ExpertKey, dict[str, Tensor]] = {}
-        self._loop.call(lambda: found.update(self._loop.gradients.take(attempt)))
-        return found
+    def train(self, order: Order) -> Answer:
+        """Carry out an order of a training run. See `HostTraining.order`."""
+        owned = self.training.owned
+        try:
+            return self.training.order(order)
+        finally:
+            if self.training.owned != owned:
+                self._note_change()
 
     def emulate(self, device: Emulation | None) -> None:
         """Emulate the speed of another device from now on, e.g. a host that becomes slow."""
@@ -277,6 +285,7 @@ class ExpertHost:
             adopted=len(self._adoption.held),
             card=None if self._card is None else self._card.report(),
             loop=self._loop.stats(),
+            owned=self.training.owned,
         )
 
     def check_health(self) -> None:
@@ -298,6 +307,8 @@ class ExpertHost:
     def close(self) -> None:
         self.leave()
         self._adoption.close()
+        self._bulk.close()
+        self._links.close()
         self._loop.close()
         self._store.close()
 
@@ -346,10 +357,21 @@ class ExpertHost:
             self._store.put(shared, get(shared))
         return self._store.put(wanted, get(wanted))
 
-    def _hold(self, weights: ExpertVersion, shape: LayerShape) -> None:
+    def _hold(self, kept: Mapping[ExpertVersion, LayerShape]) -> None:
+        """Admit calls for experts that are in the store."""
+
+        def hold() -> None:
+            for one, shape in kept.items():
+                self._residency.hold(one, shape)
+
         self._keep_memory()
-        self._loop.call(lambda: self._residency.hold(weights, shape))
+        self._loop.call(hold)
         self._note_change()
+
+    def _with_gradients(self, work: Callable[[HostGradients], T]) -> T:
+        found: list[T] = []
+        self._loop.call(lambda: found.append(work(self._loop.gradients)))
+        return found[0]
 
     def _note_change(self) -> None:
         with self._changed:
@@ -382,9 +404,6 @@ class _Weights:
 
     def __init__(self, host: ExpertHost) -> None:
         self._host = host
-        # Two puts must not interleave between the check of what is served and the store. A
-        # separate lock, so that puts do not wait for loads.
-        self._putting = threading.Lock()
 
     def most_bytes(self, key: ExpertKey) -> int:
         return self._host._store.most_bytes(key)
@@ -405,36 +424,8 @@ class _Weights:
         return self._host._store.get(wanted)
 
     def put(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> None:
-        store = self._host._store
-        store.check(given.key, tensors)
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise CallError(f"{given}: {name} has values that are not finite")
-        with self._putting:
-            if self._is_served(given):
-                if not _same(store.get(given), tensors):
-                    raise Forbidden(
-                        f"{given}: {self._host.name} serves other tensors under this name "
-                        "and does not replace them; give the model another name"
-                    )
-                return
-            shape = store.put(given, tensors)
-            if given.key.expert != SHARED:
-                self._host._hold(given, shape)
-
-    def _is_served(self, given: ExpertVersion) -> bool:
-        residency, key = self._host._residency, given.key
-        if key.expert == SHARED:
-            layer = LayerKey(key.model, key.layer)
-            return residency.serves_layer(layer) and not self._host._store.lacks_shared(layer)
-        return residency.serves(given)
-
-
-def _same(held: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
-    return held.keys() == given.keys() and all(
-        held[name].dtype == given[name].dtype and torch.equal(held[name].cpu(), given[name])
-        for name in held
-    )
+        self._host._served.check(given, tensors)
+        self._host._served.serve([(given, tensors)])
 
 
 @contextlib.contextmanager

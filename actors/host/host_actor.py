@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...cluster.host.residency import HostLimits
     from ...cluster.placement import HostEntry
     from ...cluster.routing.transports import TransportChoice
-    from ...cluster.training.contributions import Attempt
+    from ...cluster.training.orders import Answer, Order
     from .report import HostReport, PlacedModel, Revision
 
 
@@ -97,8 +97,8 @@ class RayExpertHost:
     def release(self, gone: Sequence[ExpertVersion], term: int = 0, eviction: int = 1) -> None:
         self._host.release(gone, term, eviction)
 
-    def begin_attempt(self, attempt: Attempt, *, exact: bool = False) -> None:
-        self._host.begin_attempt(attempt, exact=exact)
+    def train(self, order: Order) -> Answer:
+        return self._host.train(order)
 
     def leave(self) -> None:
         self._host.leave()

@@ -1,10 +1,13 @@
-"""The weights that a host holds: read from a checkpoint, or sent by a peer or a trunk."""
+"""The weights that a host holds: read from a checkpoint, or sent by a peer or a trunk.
+
+`ExpertStore` keeps them; `ServedWeights` lets calls use what has been sent.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion, LayerKey
-from ...cluster.host.residency import LayerShape
+from ...cluster.host.residency import LayerShape, Residency
 from ...cluster.placement import ModelRef
 from ...cluster.update_folder import UpdateFolder
 from ...kernels.ffn import ExpertForm, ExpertWeights
@@ -28,7 +31,7 @@ from ...models.trunk.experts_layers import (
     experts_layers,
 )
 from ...models.trunk.trunk import meta_model
-from ...proto.errors import CallError, CheckpointError, NotHere
+from ...proto.errors import CallError, CheckpointError, Forbidden, NotHere
 from .memory.expert_memory import ExpertMemory, SlabMemory, SlotMemory
 from .memory.kept_memory import LeftMemory
 
@@ -219,16 +222,23 @@ class ExpertStore:
 
         Raises NotHere and CallError.
         """
-        model, layer = self._layer(key)
+        _, layer = self._layer(key)
         if key.expert == SHARED:
             shared = shared_parameters(layer)
             sizes = {name: p.numel() * max(4, p.element_size()) for name, p in shared.items()}
         else:
-            shapes = expert_shapes(layer)
-            item = torch_dtype(model.ref.dtype).itemsize
-            sizes = {name: math.prod(shape) * item for name, shape in shapes.items()}
+            shapes, dtype = self.expert_forms(key)
+            sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
         # The file's JSON header has each tensor's name, dtype, shape and offsets.
         return sum(sizes.values()) + sum(map(len, sizes)) + _HEADER_BYTES * (1 + len(sizes))
+
+    def expert_forms(self, key: ExpertKey) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
+        """Return the shapes of an expert's tensors by name, and their type.
+
+        Raises NotHere and CallError.
+        """
+        model, layer = self._layer(key)
+        return expert_shapes(layer), torch_dtype(model.ref.dtype)
 
     def put(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> LayerShape:
         """Keep an expert that was sent to this host.
@@ -328,6 +338,71 @@ class ExpertStore:
             self._forms[layer] = form
         model.memory.keep(given, self._forms[layer], weights)
         return model.shape(key.layer)
+
+
+class ServedWeights:
+    """Lets a host's calls use weights that were sent to it or made in training; thread-safe."""
+
+    def __init__(
+        self,
+        host: str,
+        store: ExpertStore,
+        residency: Residency,
+        hold: Callable[[Mapping[ExpertVersion, LayerShape]], None],
+    ) -> None:
+        """``host`` is the host's name. ``hold`` admits calls for experts that are in the store."""
+        self._host = host
+        self._store = store
+        self._residency = residency
+        self._hold = hold
+        # Two puts must not interleave between the check of what is served and the store. A
+        # separate lock, so that puts do not wait for loads.
+        self._putting = threading.Lock()
+
+    def check(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> None:
+        """Raise CallError for tensors that do not fit or are not finite, and NotHere."""
+        self._store.check(given.key, tensors)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise CallError(f"{given}: {name} has values that are not finite")
+
+    def serve(self, given: Iterable[tuple[ExpertVersion, Mapping[str, Tensor]]]) -> None:
+        """Keep weights, and admit calls for them, if they are not served already.
+
+        After an error those before it are served. Raises what `ExpertStore.put` raises, and
+        Forbidden if other tensors are served under the same name.
+        """
+        kept: dict[ExpertVersion, LayerShape] = {}
+        with self._putting:
+            try:
+                for one, tensors in given:
+                    if self._is_served(one):
+                        self._check_same(one, tensors)
+                        continue
+                    shape = self._store.put(one, tensors)
+                    if one.key.expert != SHARED:
+                        kept[one] = shape
+            finally:
+                if kept:
+                    self._hold(kept)
+
+    def _check_same(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> None:
+        held = self._store.get(given)
+        if held.keys() != tensors.keys() or not all(
+            one.dtype == tensors[name].dtype and torch.equal(one.cpu(), tensors[name])
+            for name, one in held.items()
+        ):
+            raise Forbidden(
+                f"{given}: {self._host} serves other tensors under this name "
+                "and does not replace them; give the model another name"
+            )
+
+    def _is_served(self, given: ExpertVersion) -> bool:
+        key = given.key
+        if key.expert == SHARED:
+            layer = LayerKey(key.model, key.layer)
+            return self._residency.serves_layer(layer) and not self._store.lacks_shared(layer)
+        return self._residency.serves(given)
 
 
 def _check(

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from ...proto.errors import Busy, CallError, Expired, MoesaicError, NotHere
-from ..expert_keys import ExpertVersion, LayerKey
+from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
 from .emulation import Emulation
 
 
@@ -117,7 +117,7 @@ class _Layer:
         return held_E is not None and 0 <= expert < len(held_E) - 1 and bool(held_E[expert])
 
     def versions_of(self, expert: int) -> list[int]:
-        return sorted(version for version, held_E in self.held.items() if held_E[expert])
+        return sorted(version for version, held_E in list(self.held.items()) if held_E[expert])
 
 
 class Residency:
@@ -168,6 +168,11 @@ class Residency:
         key = weights.key
         layer = self._layers.get(LayerKey(key.model, key.layer))
         return layer is not None and layer.holds(key.expert, weights.version)
+
+    def versions(self, key: ExpertKey) -> list[int]:
+        """Return the versions of an expert that are held; may be called from any thread."""
+        layer = self._layers.get(LayerKey(key.model, key.layer))
+        return [] if layer is None else layer.versions_of(key.expert)
 
     def serves_layer(self, key: LayerKey) -> bool:
         """Return whether any expert of the layer is held; may be called from any thread."""

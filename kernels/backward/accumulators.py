@@ -102,7 +102,9 @@ class GradientAccumulators:
 
         An expert that nothing was added to has none: KeyError.
         """
-        return {name: one.rounded() for name, one in self._sums.pop(key).items()}
+        taken = {name: one.rounded() for name, one in self._sums[key].items()}
+        del self._sums[key]  # not before it is rounded, for which memory may be short
+        return taken
 
     def clear(self) -> None:
         self._sums.clear()

@@ -24,15 +24,17 @@ from .update_rules import OwnerBytes, UpdateRule, state_of
 
 K = TypeVar("K", bound=Hashable)
 
+# What a group's gradients are multiplied by, and its hyperparameters of one step, such as lr.
+GroupUpdate = tuple[float, Mapping[str, object]]
+
 _MASTER, _COMMITS = "master", "commits"  # in a tensor's state, beside what its optimizer keeps
 
 
 class Commit(NamedTuple):
-    """A decision that was applied: gradients times ``coefficient``, hyperparameters by group."""
+    """A decision that was applied, by group."""
 
     attempt: Hashable
-    coefficient: float
-    settings: Mapping[int, Mapping[str, object]]
+    groups: Mapping[int, GroupUpdate]
 
 
 @dataclass(slots=True)
@@ -64,8 +66,8 @@ class _Owned:
 
 @dataclass(slots=True)
 class _Prepared:
-    gradients: dict[str, Tensor] | None
-    squared_norms: dict[str, float]
+    gradients: dict[str, Tensor] | None  # None: of zero
+    squared_norms: dict[str, float]  # of the tensors that the commit updates
 
 
 class OwnedTensors(Generic[K]):
@@ -111,19 +113,21 @@ class OwnedTensors(Generic[K]):
         )
 
     @torch.inference_mode(False)
-    def own(self, key: K, tensors: Mapping[str, Tensor], group: int = 0) -> None:
-        """Become the owner of a key's tensors, whose hyperparameters are those of ``group``.
+    def own(self, key: K, tensors: Mapping[str, Tensor], groups: Mapping[str, int]) -> None:
+        """Become the owner of a key's tensors; ``groups`` has the group of each by name.
 
         Contiguous float32 and float64 tensors are not copied, unless they were made in inference
         mode: they become their own masters, and commits change them in place. Raises BadInput for
         tensors that cannot be trained.
         """
         self._check_new(key)
+        if tensors.keys() != groups.keys():
+            raise BadInput(f"{key}: tensors are {sorted(tensors)}, with groups {sorted(groups)}")
         made = {}
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 raise BadInput(f"{name} of {key}: {tensor.dtype} cannot be trained")
-            made[name] = self._owned(key, name, tensor, tensor.dtype, group)
+            made[name] = self._owned(key, name, tensor, tensor.dtype, groups[name])
         self._tensors[key] = made
 
     def disown(self, key: K) -> None:
@@ -139,8 +143,9 @@ class OwnedTensors(Generic[K]):
         """Take the sum of a key's gradients; return the sum of squares of each tensor's.
 
         Gradients have the masters' shapes and types. They are the owner's from now on, and a commit
-        changes them. None is a gradient of zero: momentum and weight decay go on, and so does the
-        count of steps. If a key is prepared for the attempt already, what is given now is dropped.
+        changes them. A tensor that they lack keeps its weight and its state in this step. None is a
+        gradient of zero for all: momentum and weight decay go on, and so does the count of steps.
+        If a key is prepared for the attempt already, what is given now is dropped.
 
         A sum that is not finite makes its tensor unfit for a commit (`not_finite`). Raises NotHere
         for an attempt that was committed, or while another is prepared, and BadInput for gradients
@@ -153,10 +158,11 @@ class OwnedTensors(Generic[K]):
             raise NotHere(f"{attempt}: {self._attempt} is prepared; abandon it first")
         if key not in self._prepared:
             found = None if gradients is None else self._fitting(key, gradients)
-            squares = {
-                name: 0.0 if found is None else sum_of_squares(found[name])
-                for name in self._tensors[key]
-            }
+            squares = (
+                dict.fromkeys(self._tensors[key], 0.0)
+                if found is None
+                else {name: sum_of_squares(gradient) for name, gradient in found.items()}
+            )
             self._prepared[key] = _Prepared(found, squares)
             self._attempt = attempt
         return dict(self._prepared[key].squared_norms)
@@ -181,23 +187,18 @@ class OwnedTensors(Generic[K]):
         self._attempt = None
 
     @torch.inference_mode(False)
-    def commit(
-        self,
-        attempt: Hashable,
-        coefficient: float,
-        settings: Mapping[int, Mapping[str, object]],
-    ) -> None:
-        """Update every owned tensor by its prepared gradient times ``coefficient``.
+    def commit(self, attempt: Hashable, groups: Mapping[int, GroupUpdate]) -> None:
+        """Update every owned tensor by its prepared gradient times its group's coefficient.
 
-        ``settings`` has hyperparameters for each group, such as its lr; those that it does not name
-        are the rule's. `weights` has the result. A commit that was applied last may be repeated,
-        and does nothing. The following errors change nothing: NotHere if a key is not prepared for
-        the attempt, BadExpert if a gradient is not finite, BadInput for a decision that cannot be
-        applied, InternalError if the attempt was committed with another one.
+        Hyperparameters that a group does not name are the rule's. `weights` has the result. A
+        commit that was applied last may be repeated, and does nothing. The following errors change
+        nothing: NotHere if a key is not prepared for the attempt, BadExpert if a gradient is not
+        finite, BadInput for a decision that cannot be applied, InternalError if the attempt was
+        committed with another one.
         """
         self._check_whole()
         decision = Commit(
-            attempt, coefficient, {group: dict(values) for group, values in settings.items()}
+            attempt, {group: (factor, dict(values)) for group, (factor, values) in groups.items()}
         )
         if self.committed is not None and attempt == self.committed.attempt:
             if decision != self.committed:
@@ -205,8 +206,11 @@ class OwnedTensors(Generic[K]):
             return
         values = self._check_decision(decision)
         for key, tensors in self._tensors.items():
-            gradients = self._prepared.pop(key).gradients or {}
-            for name, owned in tensors.items():
+            prepared = self._prepared.pop(key)
+            gradients = prepared.gradients or {}
+            for name in prepared.squared_norms:
+                owned = tensors[name]
+                coefficient, _ = decision.groups[owned.group]
                 try:
                     # Gradients are freed one by one.
                     owned.update(gradients.pop(name, None), coefficient, values[owned.group])
@@ -220,6 +224,11 @@ class OwnedTensors(Generic[K]):
                     raise
         self.abandon()
         self.committed = decision
+
+    def masters(self, key: K) -> dict[str, Tensor]:
+        """Return a key's masters, which the next commit changes."""
+        self._check_owned(key)
+        return {name: one.master for name, one in self._tensors[key].items()}
 
     @torch.inference_mode(False)
     def weights(self, key: K) -> dict[str, Tensor]:
@@ -250,13 +259,13 @@ class OwnedTensors(Generic[K]):
         key: K,
         state: Mapping[str, Tensor],
         dtypes: Mapping[str, torch.dtype],
-        group: int = 0,
+        groups: Mapping[str, int],
     ) -> None:
         """Become the owner of a key's tensors from what `state` returned.
 
-        ``dtypes`` has the model's type of each tensor by name. Masters and state are not copied if
-        they are contiguous, and on the device where they are kept. Raises BadInput if something is
-        missing, unknown, or has another shape or type.
+        ``dtypes`` has the model's type of each tensor by name, and ``groups`` its group. Masters
+        and state are not copied if they are contiguous, and on the device where they are kept.
+        Raises BadInput if something is missing, unknown, or has another shape or type.
         """
         self._check_new(key)
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in dtypes}
@@ -266,7 +275,7 @@ class OwnedTensors(Generic[K]):
                 raise BadInput(f"state of {key}: {entry} is of no tensor of it: {list(dtypes)}")
             parts[name][kind] = tensor
         self._tensors[key] = {
-            name: self._restored(key, name, kept, dtypes[name], group)
+            name: self._restored(key, name, kept, dtypes[name], groups[name])
             for name, kept in parts.items()
         }
 
@@ -316,7 +325,7 @@ class OwnedTensors(Generic[K]):
     def _fitting(self, key: K, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return gradients as the optimizers take them. Raises BadInput if they do not fit."""
         owned = self._tensors[key]
-        if gradients.keys() != owned.keys():
+        if not gradients.keys() <= owned.keys():
             raise BadInput(f"gradients of {key} are of {sorted(gradients)}, not {sorted(owned)}")
         for name, gradient in gradients.items():
             master = owned[name].master
@@ -329,7 +338,7 @@ class OwnedTensors(Generic[K]):
 
     def _check_decision(self, decision: Commit) -> dict[int, dict[str, object]]:
         """Return each group's hyperparameters, if a decision can be applied."""
-        attempt, coefficient, settings = decision
+        attempt, updates = decision
         if self._tensors and attempt != self._attempt:
             found = "nothing" if self._attempt is None else self._attempt
             raise NotHere(f"{attempt} is not prepared here: {found} is")
@@ -337,14 +346,16 @@ class OwnedTensors(Generic[K]):
             raise NotHere(f"{attempt} is prepared in part: {missing[0]} is missing")
         for key, name in self.not_finite():
             raise BadExpert(f"{attempt}: the gradient of {name} of {key} is not finite")
-        if not (math.isfinite(coefficient) and coefficient >= 0):
-            raise BadInput(
-                f"{attempt}: coefficient {coefficient!r} must be finite, and not negative"
-            )
+        for group, (coefficient, _) in updates.items():
+            if not (math.isfinite(coefficient) and coefficient >= 0):
+                raise BadInput(
+                    f"{attempt}: group {group}: coefficient {coefficient!r} must be finite, and "
+                    "not negative"
+                )
         groups = {one.group for tensors in self._tensors.values() for one in tensors.values()}
-        for group in groups - settings.keys():
+        for group in groups - updates.keys():
             raise BadInput(f"{attempt}: there are no settings for group {group!r}")
-        return {group: self.rule.values(settings[group]) for group in groups}
+        return {group: self.rule.values(updates[group][1]) for group in groups}
 
     def _check_whole(self) -> None:
         if self._broken:

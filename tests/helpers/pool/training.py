@@ -1,137 +1,121 @@
-"""A pool for training in the test's own process: hosts, a trunk that learns, and runs over both."""
+"""A trunk that learns over hosts in this process, and what a plain model computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.training.learning import Learning
-from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
-from moesaic.cluster.placement import PlacementId
+from moesaic.actors.trunk.attach import expert_tensors
+from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
-from moesaic.cluster.training.orders import Answer, Order
-from moesaic.cluster.training.steps import PoolNow
+from moesaic.cluster.training.contributions import Attempt
+from moesaic.cluster.training.orders import Begin, BulkKey, Gather, Gathered, OpenRun
+from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.models.trunk.routing_record import record_routing
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
-from moesaic.proto.errors import HostLost, MoesaicError
+from tests.helpers.models.architectures import tiny_model
 from tests.helpers.pool.serving import PATIENT, Hosts, serving
 
-# (host, order) -> whether it gets there
-Gate = Callable[[str, Order], bool]
+FIRST = Attempt(1, 0, 0)
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+Gradients = dict[ExpertKey, dict[str, Tensor]]
 
 
-class LocalPool:
-    """A `TrainingPool` of hosts in this process, which plays the controller's part."""
-
-    def __init__(self, hosts: Hosts, *, domains: Mapping[str, str] | None = None) -> None:
-        self.hosts = hosts
-        self.domains = dict(domains or {})
-        self.leaving: set[str] = set()
-        self.gone: set[str] = set()
-        self.gate: Gate = lambda host, order: True
-        self.routers: list[Any] = []
-        self.orders: list[tuple[str, Order]] = []
-        self.ended = False
-
-    @property
-    def alive(self) -> dict[str, ExpertHost]:
-        return {host.name: host for host in self.hosts.hosts if host.name not in self.gone}
-
-    def now(self) -> PoolNow:
-        placement = self.hosts.placement
-        return PoolNow(
-            entries={name: host.entry() for name, host in self.alive.items()},
-            domains={name: self.domains.get(name, name) for name in self.alive},
-            holders={
-                key.expert(expert): layer.hosts(expert)
-                for key, layer in placement.layers.items()
-                for expert in range(len(layer.replicas))
-            },
-            leaving=frozenset(self.leaving),
-        )
-
-    def order(
-        self, orders: Mapping[str, Order], timeout_s: float
-    ) -> dict[str, Answer | MoesaicError]:
-        return {host: self._answer(host, order) for host, order in orders.items()}
-
-    def _answer(self, host: str, order: Order) -> Answer | MoesaicError:
-        self.orders.append((host, order))
-        if host not in self.alive or not self.gate(host, order):
-            return HostLost(f"{host} is gone")
-        try:
-            return self.alive[host].train(order)
-        except MoesaicError as error:
-            return error
-
-    def publish(self, version: int, timeout_s: float) -> None:
-        placement = self.hosts.placement
-        before = placement.versions
-        self.hosts.placement = replace(
-            placement,
-            id=PlacementId(placement.id.term, placement.id.epoch + 1),
-            versions=replace(before, models={**before.models, self.hosts.ref.name: version}),
-        )
-        for router in self.routers:
-            router.place(self.hosts.placement)
-        for host in self.alive.values():
-            old = [
-                ExpertVersion(layer.expert(expert), held)
-                for layer, experts in host.report().holdings.items()
-                for expert, versions in experts.items()
-                for held in versions
-                if held < version
-            ]
-            host.release(old)
-
-    def end(self) -> None:
-        self.ended = True
+def saved(folder: Path, architecture: str) -> Path:
+    tiny_model(architecture).save_pretrained(folder)
+    return folder
 
 
-class LocalTrunk:
-    """A trunk that learns over hosts in this process."""
+def plain_model(folder: Path, dtype: torch.dtype) -> Any:
+    # The other implementations take no float64.
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager"
+    ).train()
 
-    def __init__(
-        self,
-        pool: LocalPool,
-        folder: Path,
-        dtype: torch.dtype,
-        *,
-        borrows: bool = False,
-        policy: RouterPolicy = PATIENT,
-    ) -> None:
+
+class Trunk:
+    """A trunk that learns, over hosts in this process."""
+
+    def __init__(self, pool: Hosts, folder: Path, dtype: torch.dtype, *, borrows: bool) -> None:
+        self.pool, self.dtype = pool, dtype
         self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
         self.model.requires_grad_(True)
-        router = pool.hosts.router(borrows=borrows, policy=policy)
-        pool.routers.append(router)
-        self.learning = Learning(router, pool.hosts.ref.name, dtype)
-        connect_experts(self.model, pool.hosts.layers, self.learning.layer)
+        self.connect(PATIENT, borrows=borrows)
+
+    def connect(self, policy: RouterPolicy, *, borrows: bool = False) -> None:
+        self.learning = Learning(self.pool.router(borrows=borrows, policy=policy), "m", self.dtype)
+        connect_experts(self.model, self.pool.layers, self.learning.layer)
         self.learning.watch(self.model)
         record_routing(self.model)
 
+    def open(self, run: int = FIRST.run, optimizer: str = "SGD", **settings: object) -> None:
+        for host in self.pool.hosts:
+            host.train(OpenRun(run=run, model="m", optimizer=optimizer, settings=settings))
+
+    def begin(self, attempt: Attempt = FIRST, *, exact: bool = False) -> None:
+        for host in self.pool.hosts:
+            host.train(Begin(attempt=attempt, exact=exact))
+        self.learning.begin(attempt)
+
+    def gradients(self, attempt: Attempt = FIRST) -> Gradients:
+        """Those of the experts, summed over hosts."""
+        found: Gradients = {}
+        for host in self.pool.hosts:
+            answer = host.train(Gather(attempt=attempt))
+            assert isinstance(answer, Gathered)
+            for key in answer.keys:
+                sums = found.setdefault(key, {})
+                wanted = BulkKey("gradient", key, attempt=attempt, source=host.name)
+                with host.training.reading(wanted) as tensors:
+                    for name, tensor in tensors.items():
+                        sums[name] = sums[name] + tensor if name in sums else tensor.clone()
+        return found
+
 
 @contextmanager
-def training_pool(
-    folder: Path, *, dtype: torch.dtype = torch.float64, borrows: bool = False, **options: Any
-) -> Iterator[LocalPool]:
-    with serving(folder, dtype=dtype, learns=True, lends=borrows, **options) as hosts:
-        yield LocalPool(hosts)
+def training(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float64,
+    borrows: bool = False,
+    opened: bool = True,
+    **options: Any,
+) -> Iterator[Trunk]:
+    """``opened``: the hosts are in run 1 already."""
+    with serving(folder, dtype=dtype, learns=True, lends=borrows, **options) as pool:
+        trunk = Trunk(pool, folder, dtype, borrows=borrows)
+        if opened:
+            trunk.open()
+        yield trunk
 
 
-def held(pool: LocalPool, keys: Collection[ExpertKey]) -> dict[ExpertKey, dict[str, torch.Tensor]]:
-    """What hosts serve of experts; all replicas must have the same bits."""
-    found: dict[ExpertKey, dict[str, torch.Tensor]] = {}
-    versions = pool.hosts.placement.versions
-    for key in keys:
-        for host in pool.alive.values():
-            if host._residency.serves(versions.served(key)):
-                tensors = host._store.get(versions.served(key))
-                before = found.setdefault(key, {n: t.clone() for n, t in tensors.items()})
-                assert all(torch.equal(before[name], tensor) for name, tensor in tensors.items())
-    return found
+def loss_of(model: Any, ids: Tensor = IDS) -> Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def expected(model: Any) -> tuple[dict[str, Tensor], Gradients]:
+    """The gradients of a plain model: of all but its experts, and of these as the pool has them."""
+    of_experts: Gradients = {}
+    layers = experts_layers(model)
+    names = {id(p) for layer in layers for p in layer.module._parameters.values() if p is not None}
+    others = {n: p.grad for n, p in model.named_parameters() if id(p) not in names}
+    for layer in layers:
+        for parameter in layer.module._parameters.values():
+            if parameter is not None and parameter.grad is not None:
+                parameter.data = parameter.grad
+        for expert in range(layer.num_experts):
+            of_experts[ExpertKey("m", layer.layer, expert)] = expert_tensors(layer, expert)
+    return {name: grad for name, grad in others.items() if grad is not None}, of_experts
+
+
+def assert_near(given: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
+    scale = float(wanted.abs().max()) or 1.0
+    error = float((given - wanted).abs().max()) / scale
+    assert error <= tolerance, f"{name}: {error}"

@@ -33,8 +33,7 @@ def test_ray_offers_what_a_host_does() -> None:
     def public(cls: type) -> set[str]:
         return {name for name in vars(cls) if not name.startswith("_")}
 
-    # Its report looks after its health, Ray ends it, and gradients are too large for Ray.
-    hidden = {"check_health", "close", "take_gradients"}
+    hidden = {"check_health", "close"}  # its report looks after its health, and Ray ends it
     assert public(RayExpertHost) == public(ExpertHost) - hidden
 
 

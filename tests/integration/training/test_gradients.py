@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,107 +12,39 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moesaic.actors.host.gradients import HostGradients
-from moesaic.actors.training.learning import Learning
 from moesaic.actors.transport.shm import ShmSession
-from moesaic.actors.trunk.attach import expert_tensors
-from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
-from moesaic.cluster.training.contributions import Attempt, Contributions
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.cluster.training.contributions import Contributions
+from moesaic.cluster.training.orders import Begin
 from moesaic.models.trunk.in_pool import experts_forward
-from moesaic.models.trunk.routing_record import RoutingRecord, record_routing
-from moesaic.models.trunk.trunk import connect_experts, load_trunk
+from moesaic.models.trunk.routing_record import RoutingRecord
 from moesaic.proto.errors import StepLost, Superseded, UnsupportedModel
 from moesaic.proto.expert_pb2 import Frame
 from tests.helpers.models.architectures import tiny_model
-from tests.helpers.pool.serving import PATIENT, Hosts, serving
+from tests.helpers.pool.training import (
+    FIRST,
+    IDS,
+    Gradients,
+    Trunk,
+    assert_near,
+    expected,
+    loss_of,
+    plain_model,
+    saved,
+    training,
+)
 
-FIRST = Attempt(1, 0, 0)
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 # Of each kind of form: gated, shared experts, bias and clamps and interleaved, not gated.
 ARCHITECTURES = ("mixtral", "qwen2_moe", "gpt_oss", "nemotron_h", "deepseek_v3")
 # Their own code computes gates in float32, whatever the model's type.
 FLOAT32_GATES = ("nemotron_h",)
 
-Gradients = dict[ExpertKey, dict[str, Tensor]]
-
-
-def saved(folder: Path, architecture: str) -> Path:
-    tiny_model(architecture).save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("mixtral"), "mixtral")
-
-
-def plain_model(folder: Path, dtype: torch.dtype) -> Any:
-    # The other implementations take no float64.
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, experts_implementation="eager"
-    ).train()
-
-
-class Trunk:
-    """A trunk that learns, over hosts in this process."""
-
-    def __init__(self, pool: Hosts, folder: Path, dtype: torch.dtype, *, borrows: bool) -> None:
-        self.pool, self.dtype = pool, dtype
-        self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
-        self.model.requires_grad_(True)
-        self.connect(PATIENT, borrows=borrows)
-
-    def connect(self, policy: RouterPolicy, *, borrows: bool = False) -> None:
-        self.learning = Learning(self.pool.router(borrows=borrows, policy=policy), "m", self.dtype)
-        connect_experts(self.model, self.pool.layers, self.learning.layer)
-        self.learning.watch(self.model)
-        record_routing(self.model)
-
-    def begin(self, attempt: Attempt = FIRST, *, exact: bool = False) -> None:
-        for host in self.pool.hosts:
-            host.begin_attempt(attempt, exact=exact)
-        self.learning.begin(attempt)
-
-    def gradients(self, attempt: Attempt = FIRST) -> Gradients:
-        """Those of the experts, summed over hosts."""
-        found: Gradients = {}
-        for host in self.pool.hosts:
-            for key, tensors in host.take_gradients(attempt).items():
-                sums = found.setdefault(key, {})
-                for name, tensor in tensors.items():
-                    sums[name] = sums[name] + tensor if name in sums else tensor
-        return found
-
-
-@contextmanager
-def training(
-    folder: Path, *, dtype: torch.dtype = torch.float64, borrows: bool = False, **options: Any
-) -> Iterator[Trunk]:
-    with serving(folder, dtype=dtype, learns=True, lends=borrows, **options) as pool:
-        yield Trunk(pool, folder, dtype, borrows=borrows)
-
-
-def loss_of(model: Any, ids: Tensor = IDS) -> Tensor:
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def expected(model: Any) -> tuple[dict[str, Tensor], Gradients]:
-    """The gradients of a plain model: of all but its experts, and of these as the pool has them."""
-    of_experts: Gradients = {}
-    layers = experts_layers(model)
-    names = {id(p) for layer in layers for p in layer.module._parameters.values() if p is not None}
-    others = {n: p.grad for n, p in model.named_parameters() if id(p) not in names}
-    for layer in layers:
-        for parameter in layer.module._parameters.values():
-            if parameter is not None and parameter.grad is not None:
-                parameter.data = parameter.grad
-        for expert in range(layer.num_experts):
-            of_experts[ExpertKey("m", layer.layer, expert)] = expert_tensors(layer, expert)
-    return {name: grad for name, grad in others.items() if grad is not None}, of_experts
 
 
 def assert_equal(trunk: Trunk, found: Gradients, plain: Any, tolerance: float) -> None:
@@ -127,12 +57,6 @@ def assert_equal(trunk: Trunk, found: Gradients, plain: Any, tolerance: float) -
         for name, wanted in tensors.items():
             given = found.get(key, {}).get(name, torch.zeros_like(wanted))
             assert_near(given, wanted, tolerance, f"{key} {name}")
-
-
-def assert_near(given: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
-    scale = float(wanted.abs().max()) or 1.0
-    error = float((given - wanted).abs().max()) / scale
-    assert error <= tolerance, f"{name}: {error}"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -243,7 +167,7 @@ def test_what_belongs_to_another_attempt_is_not_added_up(folder: Path) -> None:
         trunk.begin()
         loss, later = loss_of(trunk.model), loss_of(trunk.model)
         for host in trunk.pool.hosts:
-            host.begin_attempt(second)
+            host.train(Begin(attempt=second))
         with pytest.raises(StepLost, match="attempt 1 at step 0 of run 1 is under way"):
             loss.backward()
         trunk.learning.begin(second)
@@ -251,7 +175,24 @@ def test_what_belongs_to_another_attempt_is_not_added_up(folder: Path) -> None:
             later.backward()
         assert trunk.gradients(second) == {}
         with pytest.raises(Superseded):
-            trunk.pool.hosts[0].begin_attempt(FIRST)
+            trunk.pool.hosts[0].train(Begin(attempt=FIRST))
+
+
+def test_a_backward_call_after_the_gradients_are_gathered_is_refused(folder: Path) -> None:
+    with training(folder) as trunk:
+        trunk.begin()
+        loss, late = loss_of(trunk.model), loss_of(trunk.model)
+        loss.backward()
+        before = trunk.gradients()
+        with pytest.raises(StepLost, match="takes no more gradients"):
+            late.backward()
+        after = trunk.gradients()
+        assert before.keys() == after.keys() != set()
+        assert all(
+            torch.equal(tensor, after[key][name])
+            for key, tensors in before.items()
+            for name, tensor in tensors.items()
+        )
 
 
 def test_what_an_error_kept_from_being_added_up_is_not_added_to_the_next_attempt(

@@ -39,15 +39,39 @@ def test_a_part_counts_once_and_only_in_its_attempt(events: list[Attempt | tuple
     assert contributions.parts == len(added)
 
 
+def test_a_closed_attempt_takes_no_more_parts() -> None:
+    contributions, attempt, part = Contributions(), Attempt(1, 0, 0), Part(LAYER, 0, 0)
+    contributions.begin(attempt)
+    assert contributions.admit(attempt, part)
+    for _ in range(2):
+        contributions.close(attempt)
+        assert not contributions.begin(attempt)  # it was begun, and stays closed
+        for refused in (part, part._replace(number=1)):
+            with pytest.raises(NotHere, match="takes no more gradients"):
+                contributions.admit(attempt, refused)
+    again = attempt._replace(number=1)
+    with pytest.raises(NotHere):
+        contributions.close(again)
+    contributions.begin(again)
+    assert contributions.admit(again, part)
+    contributions.forget()
+    with pytest.raises(NotHere, match="takes no more gradients"):
+        contributions.check(again)
+    with pytest.raises(Superseded):
+        contributions.begin(attempt)
+    assert contributions.begin(again)  # its host came back to the run
+    assert contributions.admit(again, part)
+
+
 def test_what_was_not_added_up_as_a_whole_is_not_used() -> None:
     contributions, attempt = Contributions(), Attempt(1, 0, 0)
     contributions.begin(attempt)
-    contributions.check_whole(attempt)
+    contributions.close(attempt)
     contributions.break_off("no memory")
     with pytest.raises(InternalError, match="no memory"):
-        contributions.check_whole(attempt)
+        contributions.close(attempt)
     again = attempt._replace(number=1)
     contributions.begin(again)
-    contributions.check_whole(again)
+    contributions.close(again)
     with pytest.raises(NotHere):
-        contributions.check_whole(attempt)
+        contributions.close(attempt)

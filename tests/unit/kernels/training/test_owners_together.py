@@ -38,6 +38,10 @@ def shapes_for(name: str) -> dict[str, tuple[int, ...]]:
     return MATRICES if name == "Muon" else SHAPES
 
 
+def groups_for(name: str) -> dict[str, int]:
+    return dict.fromkeys(shapes_for(name), 0)
+
+
 def drawn(name: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -66,7 +70,7 @@ def spread(
 ) -> list[OwnedTensors[Key]]:
     made = [OwnedTensors[Key](rule) for _ in range(owners)]
     for at, key in enumerate(KEYS):
-        made[(at * 7) % owners].own(key, drawn(rule.name, at, dtype, device))
+        made[(at * 7) % owners].own(key, drawn(rule.name, at, dtype, device), groups_for(rule.name))
     return made
 
 
@@ -79,7 +83,7 @@ def train(
                 found = gradients(owner.rule.name, step, KEYS.index(key), dtype, device)
                 owner.prepare(step, key, found)
         for owner in owners:
-            owner.commit(step, coefficient(step), {0: {"lr": lr(step)}})
+            owner.commit(step, {0: (coefficient(step), {"lr": lr(step)})})
 
 
 def state_by_key(owners: list[OwnedTensors[Key]]) -> dict[tuple[object, str], Tensor]:
@@ -153,7 +157,7 @@ def test_experts_one_by_one_have_the_bits_of_all_in_one_parameter(name: str) -> 
     generator = torch.Generator().manual_seed(0)
     together = torch.randn(5, 33, 17, generator=generator)
     for expert, tensor in enumerate(together):
-        owner.own(expert, {"up": tensor.clone()})
+        owner.own(expert, {"up": tensor.clone()}, {"up": 0})
     optimizer = rule.optimizer_of(together)
     for step in range(5):
         together.grad = torch.randn(5, 33, 17, generator=generator)
@@ -162,7 +166,7 @@ def test_experts_one_by_one_have_the_bits_of_all_in_one_parameter(name: str) -> 
         for expert, gradient in enumerate(together.grad):
             owner.prepare(step, expert, None if expert == step > 0 else {"up": gradient.clone()})
         optimizer.step()
-        owner.commit(step, 1.0, {0: {}})
+        owner.commit(step, {0: (1.0, {})})
     for expert, tensor in enumerate(together):
         assert torch.equal(owner.weights(expert)["up"], tensor)
 
@@ -186,7 +190,7 @@ def test_saved_and_restored_with_other_owners_training_goes_on_to_the_bit(
             entry: tensor.to(device) if entry.endswith(".master") else tensor
             for entry, tensor in safetensors.torch.load(file).items()
         }
-        after[at % 4].restore(key, state, dict.fromkeys(shapes_for(name), dtype))
+        after[at % 4].restore(key, state, dict.fromkeys(shapes_for(name), dtype), groups_for(name))
     train(after, range(5, 10), dtype, device)
     assert_same_bits(state_by_key(after), state_by_key(undisturbed))
 
@@ -194,39 +198,39 @@ def test_saved_and_restored_with_other_owners_training_goes_on_to_the_bit(
 def test_state_before_the_first_step_is_restored_too() -> None:
     rule = UpdateRule("AdamW")
     owner, again = OwnedTensors(rule), OwnedTensors(rule)
-    owner.own("e", drawn("AdamW", 1, torch.float32))
+    owner.own("e", drawn("AdamW", 1, torch.float32), groups_for("AdamW"))
     state = {name: tensor.clone() for name, tensor in owner.state("e").items()}
     assert state.keys() == {f"{name}.{kind}" for name in SHAPES for kind in ("master", "commits")}
-    again.restore("e", state, dict.fromkeys(SHAPES, torch.float32))
+    again.restore("e", state, dict.fromkeys(SHAPES, torch.float32), groups_for("AdamW"))
     for each in (owner, again):
         each.prepare("a", "e", drawn("AdamW", 2, torch.float32))
-        each.commit("a", 1.0, {0: {}})
+        each.commit("a", {0: (1.0, {})})
     assert_same_bits(state_by_key([owner]), state_by_key([again]))
 
 
 def test_half_precision_is_restored_from_the_master() -> None:
     rule = UpdateRule("AdamW")
     owner, again = OwnedTensors(rule), OwnedTensors(rule)
-    owner.own("e", {"up": torch.ones(3, 3, dtype=torch.bfloat16)})
+    owner.own("e", {"up": torch.ones(3, 3, dtype=torch.bfloat16)}, {"up": 0})
     owner.prepare("a", "e", {"up": torch.ones(3, 3)})
-    owner.commit("a", 1.0, {0: {"lr": 1e-5}})
+    owner.commit("a", {0: (1.0, {"lr": 1e-5})})
     assert torch.equal(owner.weights("e")["up"], torch.ones(3, 3, dtype=torch.bfloat16))
     state = {name: tensor.clone() for name, tensor in owner.state("e").items()}
-    again.restore("e", state, {"up": torch.bfloat16})
+    again.restore("e", state, {"up": torch.bfloat16}, {"up": 0})
     assert again.weights("e")["up"].dtype == torch.bfloat16
     assert (again.state("e")["up.master"] < 1).all()
 
 
 def test_state_stands_still_while_the_next_step_is_prepared() -> None:
     owner = OwnedTensors(UpdateRule("AdamW"))
-    owner.own("e", drawn("AdamW", 1, torch.float32))
+    owner.own("e", drawn("AdamW", 1, torch.float32), groups_for("AdamW"))
     owner.prepare(0, "e", drawn("AdamW", 2, torch.float32))
-    owner.commit(0, 1.0, {0: {}})
+    owner.commit(0, {0: (1.0, {})})
     state = owner.state("e")
     before = {name: tensor.clone() for name, tensor in state.items()}
     owner.prepare(1, "e", drawn("AdamW", 3, torch.float32))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
-    owner.commit(1, 1.0, {0: {}})
+    owner.commit(1, {0: (1.0, {})})
     assert int(before["up.commits"]) == 1
     assert int(owner.state("e")["up.commits"]) == 2
     assert not torch.equal(state["up.exp_avg"], before["up.exp_avg"])
@@ -234,9 +238,9 @@ def test_state_stands_still_while_the_next_step_is_prepared() -> None:
 
 def damaged(change: str) -> dict[str, Tensor]:
     owner = OwnedTensors(UpdateRule("AdamW"))
-    owner.own("e", drawn("AdamW", 1, torch.float32))
+    owner.own("e", drawn("AdamW", 1, torch.float32), groups_for("AdamW"))
     owner.prepare(0, "e", drawn("AdamW", 2, torch.float32))
-    owner.commit(0, 1.0, {0: {}})
+    owner.commit(0, {0: (1.0, {})})
     state = {name: tensor.clone() for name, tensor in owner.state("e").items()}
     what, _, entry = change.partition(" ")
     if what == "lose":
@@ -265,5 +269,7 @@ def damaged(change: str) -> dict[str, Tensor]:
 def test_state_that_is_not_whole_is_refused(change: str, message: str) -> None:
     owner = OwnedTensors(UpdateRule("AdamW"))
     with pytest.raises(BadInput, match=message):
-        owner.restore("e", damaged(change), dict.fromkeys(SHAPES, torch.float32))
+        owner.restore(
+            "e", damaged(change), dict.fromkeys(SHAPES, torch.float32), groups_for("AdamW")
+        )
     assert "e" not in owner

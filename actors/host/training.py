@@ -1,0 +1,404 @@
+"""The host's side of a training run: it carries out the orders of `cluster/training/orders.py`.
+
+Every order may come again. One is carried out at a time; other processes read and put tensors
+meanwhile, over the bulk path.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey, ExpertVersion
+from ...cluster.host.residency import Residency
+from ...cluster.placement import HostEntry
+from ...cluster.training.contributions import Attempt
+from ...cluster.training.orders import (
+    Answer,
+    Begin,
+    BulkKey,
+    CloseRun,
+    Commit,
+    Disown,
+    Gather,
+    Gathered,
+    NewlyOwned,
+    OpenRun,
+    Order,
+    Own,
+    Prepared,
+    Reduce,
+    Renew,
+    RunId,
+)
+from ...proto.errors import (
+    BadInput,
+    Busy,
+    CallError,
+    MoesaicError,
+    NotHere,
+    Superseded,
+    UnsupportedModel,
+)
+from .gradients import HostGradients
+from .run_tensors import RunTensors, check_shape
+from .weight_store import ExpertStore, ServedWeights
+
+# Time limit for fetching the tensors of one key from a peer.
+FETCH_S = 60.0
+# How long an order waits for the one before it, which may wait for a peer.
+_ORDER_S = 2 * FETCH_S
+# How long a new version waits until the controller has evicted the one before the served one.
+ROOM_S = 30.0
+_PAUSE_S = 0.02
+# Keys that are fetched at the same time.
+_AT_ONCE = 4
+# Experts that begin to be served together: the loop's thread is interrupted once for them.
+_TOGETHER = 16
+
+T = TypeVar("T")
+
+
+class PeerLinks(Protocol):
+    """The bulk path to other hosts."""
+
+    def get(
+        self, entry: HostEntry, wanted: BulkKey, *, timeout_s: float
+    ) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Return what a host has, which is valid inside of the block.
+
+        Raises NotHere, HostLost and what else the host answers.
+        """
+        ...
+
+
+class OnLoop(Protocol):
+    def __call__(self, work: Callable[[HostGradients], T], /) -> T: ...
+
+
+class HostTraining:
+    """One host's part in the run that is open; a `BulkStore`, too."""
+
+    def __init__(
+        self,
+        host: str,
+        store: ExpertStore,
+        residency: Residency,
+        served: ServedWeights,
+        on_loop: OnLoop,
+        links: PeerLinks,
+    ) -> None:
+        """``host`` is the host's name. ``on_loop`` runs work with its gradients, in its thread."""
+        self._host = host
+        self._store = store
+        self._residency = residency
+        self._served = served
+        self._on_loop = on_loop
+        self._links = links
+        self._ordering = threading.Lock()
+        self._newest: RunId | None = None
+        self._run: RunTensors | None = None  # of the newest run, while it is open
+        # What was renewed last, so that an order that comes again fetches what it lacks.
+        self._renewed: tuple[int, set[ExpertKey]] = 0, set()
+
+    @property
+    def owned(self) -> int:
+        """How many keys this host owns."""
+        run = self._run
+        return 0 if run is None else len(run.owned)
+
+    def order(self, order: Order) -> Answer:
+        """Carry out an order. Raises what its docstring says, and Busy while another one runs."""
+        if not self._ordering.acquire(timeout=_ORDER_S):
+            raise Busy(f"{self._host} is at another order for {_ORDER_S} s; send it again")
+        try:
+            match order:
+                case OpenRun():
+                    return self._open(order)
+                case CloseRun():
+                    return self._close(order.run)
+                case Own():
+                    return self._own(order)
+                case Disown():
+                    return self._disown(order)
+                case Begin():
+                    return self._begin(order)
+                case Gather():
+                    return self._gather(order)
+                case Reduce():
+                    return self._reduce(order)
+                case Commit():
+                    return self._commit(order)
+                case Renew():
+                    return self._renew(order)
+        finally:
+            self._ordering.release()
+
+    # ---- runs -----------------------------------------------------------------------------------
+
+    def _open(self, order: OpenRun) -> None:
+        if self._run is not None and self._run.opened.run == order.run:
+            if self._run.opened != order:
+                raise BadInput(f"run {order.run} was opened as {self._run.opened}, not {order}")
+            return
+        self._check_newest(order.run)
+        if self._store.device.type != "cpu":
+            raise CallError(
+                f"{self._host} computes on {self._store.device}; experts are trained on hosts with "
+                "device: cpu"
+            )
+        run = RunTensors(self._host, self._store, order)
+        self._forget()
+        self._run, self._newest = run, order.run
+
+    def _close(self, number: RunId) -> None:
+        if number != self._newest:
+            self._run_of(number)  # raises
+        self._forget()
+
+    def _forget(self) -> None:
+        self._on_loop(HostGradients.forget)
+        self._run = None
+        self._renewed = 0, set()
+
+    def _run_of(self, number: RunId) -> RunTensors:
+        """Return an open run. Raises Superseded and NotHere."""
+        self._check_newest(number)
+        if self._run is None or number != self._newest:
+            raise NotHere(f"run {number} is not open on {self._host}")
+        return self._run
+
+    def _check_newest(self, number: RunId) -> None:
+        if self._newest is not None and number < self._newest:
+            raise Superseded(f"run {number} is over: {self._host} knows run {self._newest}")
+
+    def _run_at(self, attempt: Attempt) -> RunTensors:
+        run = self._run_of(attempt.run)
+        run.check_attempt(attempt)
+        return run
+
+    # ---- owning ---------------------------------------------------------------------------------
+
+    def _own(self, order: Own) -> None:
+        run = self._run_of(order.run)
+        for key, new in order.keys.items():
+            run.check_model(key)
+            if key.expert == SHARED and key.layer != TRUNK:
+                raise UnsupportedModel(
+                    f"{key} cannot be trained yet, such as a norm behind experts; freeze them"
+                )
+            if not run.owns(key, new.groups):
+                self._become_owner(run, key, new, order.version)
+
+    def _become_owner(self, run: RunTensors, key: ExpertKey, new: NewlyOwned, version: int) -> None:
+        if (state := run.given(key, "state")) is not None:
+            run.restore(key, state, new.groups, version)
+        elif (weights := run.given(key, "weights")) is not None:
+            run.own(key, weights, new.groups, version)
+        elif new.source is not None:
+            wanted = BulkKey("state", key, run=run.opened.run)
+            with self._links.get(new.source, wanted, timeout_s=FETCH_S) as found:
+                state = {name: tensor.clone() for name, tensor in found.items()}
+            run.restore(key, state, new.groups, version)
+        elif key.layer != TRUNK:
+            # What is read from a slab is a copy.
+            weights = self._store.get(ExpertVersion(key, version))
+            run.own(key, weights, new.groups, version)
+        else:
+            raise NotHere(f"{key}: neither its state nor its weights were put into {self._host}")
+
+    def _disown(self, order: Disown) -> None:
+        run = self._run_of(order.run)
+        for key in order.keys:
+            run.disown(key)
+
+    # ---- a step ---------------------------------------------------------------------------------
+
+    def _begin(self, order: Begin) -> None:
+        run = self._run_of(order.attempt.run)
+        self._on_loop(lambda gradients: gradients.begin(order.attempt, exact=order.exact))
+        run.begin(order.attempt)
+
+    def _gather(self, order: Gather) -> Gathered:
+        run = self._run_at(order.attempt)
+        if run.gathered is None:
+            return Gathered(run.gather(self._on_loop(lambda one: one.close(order.attempt))))
+        return Gathered(run.gathered)
+
+    def _reduce(self, order: Reduce) -> Prepared:
+        run = self._run_at(order.attempt)
+        for key, sources in order.sources.items():
+            if sources is not None and len(set(sources)) < len(sources):
+                raise BadInput(f"{key}: a source is named twice: {sources}")
+        lacking = [key for key in order.sources if not run.is_prepared(key)]
+        with _fetching(self._host) as pool:
+            sums = pool.map(lambda key: self._sum(run, order, key), lacking)
+            squares = {
+                key: run.prepare(order.attempt, key, summed)
+                for key, summed in zip(lacking, sums, strict=True)
+            }
+        for key in order.sources:
+            if key not in squares:  # it was prepared by this order when it came before
+                squares[key] = run.prepare(order.attempt, key, None)
+        return Prepared(squares)
+
+    def _sum(self, run: RunTensors, order: Reduce, key: ExpertKey) -> dict[str, Tensor] | None:
+        """Return the sum of a key's gradients over its sources, in their order."""
+        sources, sums = order.sources[key], dict[str, Tensor]()
+        if not sources:
+            return sums if sources is None else None
+        masters = run.owned.masters(key)
+        for source in sources:
+            if key.layer == TRUNK or source == self._host:
+                # Nobody changes it before the commit, so a single one need not be copied.
+                kept = run.kept_gradient(key, source)
+                _add(sums, key, masters, kept, copy=len(sources) > 1)
+                continue
+            if source not in order.peers:
+                raise BadInput(f"{key}: peers: there is no address of {source}")
+            wanted = BulkKey("gradient", key, attempt=order.attempt, source=source)
+            with self._links.get(order.peers[source], wanted, timeout_s=FETCH_S) as found:
+                _add(sums, key, masters, found, copy=True)
+        return sums
+
+    def _commit(self, order: Commit) -> None:
+        run = self._run_of(order.attempt.run)
+        before = run.commit(order.attempt, order.version, order.groups)
+        due = [
+            (key, version)
+            for key, version in before.items()
+            if key in run.owned and self._residency.serves(ExpertVersion(key, version))
+        ]
+        for some in _parts(due):
+            self._serve(
+                [
+                    (
+                        ExpertVersion(key, order.version),
+                        self._whole(ExpertVersion(key, version), run.owned.weights(key)),
+                    )
+                    for key, version in some
+                ]
+            )
+
+    def _renew(self, order: Renew) -> None:
+        run = self._run_of(order.run)
+        if self._renewed[0] != order.version:
+            self._renewed = order.version, set()
+        done, due = self._renewed[1], list[ExpertVersion]()  # with the version that is held now
+        failures: list[MoesaicError] = []  # of some, whereas all others are renewed
+        for key in [key for key in order.owners if key not in done]:
+            run.check_model(key)
+            if held := [v for v in self._residency.versions(key) if v <= order.version]:
+                due.append(ExpertVersion(key, max(held)))
+            else:
+                failures.append(NotHere(f"{key} is not on {self._host}: it has nothing to renew"))
+
+        def fetch(held: ExpertVersion) -> list[tuple[ExpertVersion, dict[str, Tensor]]]:
+            try:
+                return [self._fetch(order, held)]
+            except MoesaicError as error:
+                failures.append(error)
+                return []
+
+        with _fetching(self._host) as pool:
+            for some in _parts(due):
+                found = list(chain.from_iterable(pool.map(fetch, some)))
+                self._serve(found)
+                done.update(new.key for new, _ in found)
+        if failures:
+            raise failures[0]
+
+    def _fetch(self, order: Renew, held: ExpertVersion) -> tuple[ExpertVersion, dict[str, Tensor]]:
+        new = ExpertVersion(held.key, order.version)
+        wanted = BulkKey("weights", new.key, version=new.version)
+        with self._links.get(order.owners[new.key], wanted, timeout_s=FETCH_S) as found:
+            tensors = {name: tensor.clone() for name, tensor in found.items()}
+        tensors = self._whole(held, tensors)
+        self._served.check(new, tensors)
+        return new, tensors
+
+    def _serve(self, given: list[tuple[ExpertVersion, dict[str, Tensor]]]) -> None:
+        """Serve versions; wait while the controller still evicts older ones. Raises Busy."""
+        until = time.monotonic() + ROOM_S
+        while True:
+            try:
+                self._served.serve(given)
+                return
+            except Busy:
+                if time.monotonic() >= until:
+                    raise
+            given = [(one, tensors) for one, tensors in given if not self._residency.serves(one)]
+            time.sleep(_PAUSE_S)
+
+    def _whole(self, held: ExpertVersion, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return an expert's tensors; those that are not trained are the same in all versions."""
+        shapes, _ = self._store.expert_forms(held.key)
+        return trained if trained.keys() >= shapes.keys() else self._store.get(held) | trained
+
+    # ---- the bulk path --------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(self, wanted: BulkKey) -> Iterator[Mapping[str, Tensor]]:
+        """Return the tensors that a key names. Raises NotHere and CallError."""
+        served = ExpertVersion(wanted.key, wanted.version)
+        if wanted.kind == "weights" and self._residency.serves(served):
+            yield self._store.get(served)
+        else:
+            yield self._open_run(wanted.key).read(wanted)
+
+    def put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what a run puts here. Raises NotHere, CallError and Busy."""
+        self._open_run(given.key).put(given, tensors)
+
+    def most_bytes(self, key: BulkKey) -> int:
+        """Return the largest size of what a key names. Raises NotHere and CallError."""
+        if key.kind == "weights" and key.key.layer != TRUNK:
+            return self._store.most_bytes(key.key)
+        return self._open_run(key.key).most_bytes(key)
+
+    def _open_run(self, key: ExpertKey) -> RunTensors:
+        run = self._run
+        if run is None:
+            raise NotHere(f"{key}: no training run is open on {self._host}")
+        return run
+
+
+def _add(
+    sums: dict[str, Tensor],
+    key: ExpertKey,
+    masters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    *,
+    copy: bool,
+) -> None:
+    """Add the gradients of owned tensors up, in the masters' type."""
+    for name, master in masters.items():
+        if name not in gradients:
+            continue
+        given = gradients[name]
+        check_shape(key, name, given, master)
+        if name in sums:
+            sums[name].add_(given.to(master.dtype))
+        else:
+            sums[name] = given.to(master.dtype, copy=copy)
+
+
+@contextmanager
+def _fetching(host: str) -> Iterator[ThreadPoolExecutor]:
+    """Return threads that fetch; after an error they end what they are at."""
+    pool = ThreadPoolExecutor(_AT_ONCE, f"fetch-{host}")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _parts(given: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (given[at : at + _TOGETHER] for at in range(0, len(given), _TOGETHER))

@@ -1,0 +1,137 @@
+"""A pool for training in the test's own process: hosts, a trunk that learns, and runs over both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.training.learning import Learning
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
+from moesaic.cluster.placement import PlacementId
+from moesaic.cluster.routing.policy import RouterPolicy
+from moesaic.cluster.training.orders import Answer, Order
+from moesaic.cluster.training.steps import PoolNow
+from moesaic.models.trunk.routing_record import record_routing
+from moesaic.models.trunk.trunk import connect_experts, load_trunk
+from moesaic.proto.errors import HostLost, MoesaicError
+from tests.helpers.pool.serving import PATIENT, Hosts, serving
+
+# (host, order) -> whether it gets there
+Gate = Callable[[str, Order], bool]
+
+
+class LocalPool:
+    """A `TrainingPool` of hosts in this process, which plays the controller's part."""
+
+    def __init__(self, hosts: Hosts, *, domains: Mapping[str, str] | None = None) -> None:
+        self.hosts = hosts
+        self.domains = dict(domains or {})
+        self.leaving: set[str] = set()
+        self.gone: set[str] = set()
+        self.gate: Gate = lambda host, order: True
+        self.routers: list[Any] = []
+        self.orders: list[tuple[str, Order]] = []
+        self.ended = False
+
+    @property
+    def alive(self) -> dict[str, ExpertHost]:
+        return {host.name: host for host in self.hosts.hosts if host.name not in self.gone}
+
+    def now(self) -> PoolNow:
+        placement = self.hosts.placement
+        return PoolNow(
+            entries={name: host.entry() for name, host in self.alive.items()},
+            domains={name: self.domains.get(name, name) for name in self.alive},
+            holders={
+                key.expert(expert): layer.hosts(expert)
+                for key, layer in placement.layers.items()
+                for expert in range(len(layer.replicas))
+            },
+            leaving=frozenset(self.leaving),
+        )
+
+    def order(
+        self, orders: Mapping[str, Order], timeout_s: float
+    ) -> dict[str, Answer | MoesaicError]:
+        return {host: self._answer(host, order) for host, order in orders.items()}
+
+    def _answer(self, host: str, order: Order) -> Answer | MoesaicError:
+        self.orders.append((host, order))
+        if host not in self.alive or not self.gate(host, order):
+            return HostLost(f"{host} is gone")
+        try:
+            return self.alive[host].train(order)
+        except MoesaicError as error:
+            return error
+
+    def publish(self, version: int, timeout_s: float) -> None:
+        placement = self.hosts.placement
+        before = placement.versions
+        self.hosts.placement = replace(
+            placement,
+            id=PlacementId(placement.id.term, placement.id.epoch + 1),
+            versions=replace(before, models={**before.models, self.hosts.ref.name: version}),
+        )
+        for router in self.routers:
+            router.place(self.hosts.placement)
+        for host in self.alive.values():
+            old = [
+                ExpertVersion(layer.expert(expert), held)
+                for layer, experts in host.report().holdings.items()
+                for expert, versions in experts.items()
+                for held in versions
+                if held < version
+            ]
+            host.release(old)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class LocalTrunk:
+    """A trunk that learns over hosts in this process."""
+
+    def __init__(
+        self,
+        pool: LocalPool,
+        folder: Path,
+        dtype: torch.dtype,
+        *,
+        borrows: bool = False,
+        policy: RouterPolicy = PATIENT,
+    ) -> None:
+        self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
+        self.model.requires_grad_(True)
+        router = pool.hosts.router(borrows=borrows, policy=policy)
+        pool.routers.append(router)
+        self.learning = Learning(router, pool.hosts.ref.name, dtype)
+        connect_experts(self.model, pool.hosts.layers, self.learning.layer)
+        self.learning.watch(self.model)
+        record_routing(self.model)
+
+
+@contextmanager
+def training_pool(
+    folder: Path, *, dtype: torch.dtype = torch.float64, borrows: bool = False, **options: Any
+) -> Iterator[LocalPool]:
+    with serving(folder, dtype=dtype, learns=True, lends=borrows, **options) as hosts:
+        yield LocalPool(hosts)
+
+
+def held(pool: LocalPool, keys: Collection[ExpertKey]) -> dict[ExpertKey, dict[str, torch.Tensor]]:
+    """What hosts serve of experts; all replicas must have the same bits."""
+    found: dict[ExpertKey, dict[str, torch.Tensor]] = {}
+    versions = pool.hosts.placement.versions
+    for key in keys:
+        for host in pool.alive.values():
+            if host._residency.serves(versions.served(key)):
+                tensors = host._store.get(versions.served(key))
+                before = found.setdefault(key, {n: t.clone() for n, t in tensors.items()})
+                assert all(torch.equal(before[name], tensor) for name, tensor in tensors.items())
+    return found
