@@ -235,8 +235,11 @@ class PoolOptimizer(torch.optim.Optimizer):
                 f"{own}; make it with the same params"
             )
         where = {name: pool.get(name) for name in self._where()}
-        if where != self._where() or self._watch.changed():
-            self._restore(where, pool.get("checkpoint"))
+        checkpoint = pool.get("checkpoint")
+        # accelerate loads what it has just read. If the trunk was changed and there is no checkpoint
+        # of now, the next forward pass says so.
+        if where != self._where() or (checkpoint is not None and self._watch.changed()):
+            self._restore(where, checkpoint)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "pool"})
 
     # --- gradients --------------------------------------------------------------------------------

@@ -146,12 +146,7 @@ class InProcessRun:
         self._begin()
 
     def save(self, folder: Path, *, max_shard_size: int | str | None) -> None:
-        trunk = dict(self.trunk.named_parameters())
-        with torch.no_grad():
-            for name, parameter in self.whole.named_parameters():
-                if name in trunk and "experts." not in name:
-                    parameter.copy_(trunk[name])
-        self.whole.save_pretrained(folder, max_shard_size=max_shard_size or "50GB")
+        self.put_together().save_pretrained(folder, max_shard_size=max_shard_size or "50GB")
         self.checkpoints[folder.absolute()] = copy.deepcopy(
             {
                 "step": self.step,
@@ -159,6 +154,12 @@ class InProcessRun:
                 "states": {key: one.state_dict()["state"] for key, one in self.optimizers.items()},
             }
         )
+
+    def put_together(self) -> Any:
+        """Return the whole model, with the trunk's values."""
+        trunk = self.trunk.state_dict()
+        self.whole.load_state_dict({name: trunk.get(name, one) for name, one in self.whole.state_dict().items()})
+        return self.whole
 
     def restore(self, folder: Path) -> None:
         found = copy.deepcopy(self.checkpoints[folder])

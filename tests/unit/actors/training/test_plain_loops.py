@@ -66,7 +66,7 @@ def accumulating(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
         for part in range(3):
             loss = loss_of(model, 3 * number + part) / 3
             loss.backward()
-            losses.append(float(loss))
+            losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         schedule.step()
@@ -87,7 +87,7 @@ def dropping(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
             loss_of(model, number + 10).backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -117,7 +117,7 @@ def by_closure(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
         loss.backward()
         return loss
 
-    return [float(optimizer.step(lambda n=n: closure(n))) for n in range(STEPS)]  # pyright: ignore[reportArgumentType]
+    return [optimizer.step(lambda n=n: closure(n)).item() for n in range(STEPS)]  # pyright: ignore[reportArgumentType]
 
 
 def by_hand(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
