@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -29,11 +28,10 @@ from ...models.training.groups import (
     trained_tensors,
     trunk_group,
 )
-from ...models.training.pool_gradient import PoolGradient, Recorded
-from ...models.training.stand_ins import StandIn
 from ...models.training.trainable_trunk import trainable_trunk_of
 from ...models.training.trunk_watch import TrunkWatch
 from ...proto.errors import BadExpert, BadInput, StepLost
+from .expert_gradients import ExpertGradients
 from .training_run import TrainingRun
 from .wrapped import check_not_wrapped, check_one_process
 
@@ -81,9 +79,6 @@ class PoolOptimizer(torch.optim.Optimizer):
         self._not_finite = not_finite
         self._run: TrainingRun | None = None
         self._hooks: list[Any] = []
-        self._attempt: object = object()  # for whom stand-ins have gradients
-        self._learned: set[int] = set()  # layers whose gradients were added up in the attempt
-        self._asked = False  # for the norm: nothing can be added up any more
         self._restores = 0
         self._closed = False
         self._saved: tuple[dict[str, int], str] | None = None
@@ -93,10 +88,6 @@ class PoolOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             self._check_settings(index, group)
         self.trained = trained_tensors(model, self._stand_ins, self.param_groups)
-        self._of_layer = {
-            layer: tuple(one for one in self._stand_ins.layers[layer] if one.name in names)
-            for layer, names in self.trained.experts.items()
-        }
         standing = {id(one.parameter) for one in self._stand_ins}
         self._trunk = {
             name: one for name, one in model.named_parameters() if id(one) not in standing
@@ -104,7 +95,7 @@ class PoolOptimizer(torch.optim.Optimizer):
         self._opened.claim(self._save)
         try:
             self._run = open_run(self.trained, self.rule)
-            self._run.listen(self._on_learned)
+            self._experts = ExpertGradients(self._run, self._stand_ins, self.trained, self._clear)
             self._watch = TrunkWatch(model, standing)
             base = getattr(model, "base_model", model)
             for one in {id(one): one for one in (model, base)}.values():
@@ -116,9 +107,7 @@ class PoolOptimizer(torch.optim.Optimizer):
     @property
     def run(self) -> TrainingRun:
         """The run that it is over. Raises BadInput after `close`."""
-        if self._run is None:
-            raise BadInput("the PoolOptimizer is closed; make a new one to train on")
-        return self._run
+        return self._check_open()
 
     def close(self) -> None:
         """End the run; the trunk can have another optimizer then. It may be called again."""
@@ -128,7 +117,8 @@ class PoolOptimizer(torch.optim.Optimizer):
         self._hooks.clear()
         if not self._closed:
             self._closed = True
-            self._clear()
+            for one in self._stand_ins:
+                one.parameter.grad = None
             self._opened.release()
         if run is not None:
             run.close()
@@ -149,50 +139,43 @@ class PoolOptimizer(torch.optim.Optimizer):
                 loss = closure()
         run = self.run
         self._check_unchanged()
-        layers, trunk = self._layers_with_gradients(), self._trunk_gradients()
+        layers, trunk = self._experts.layers(), self._trunk_gradients()
         if not layers and not trunk:
-            self._drop_added()
+            self._experts.drop()
             return loss
-        factors = self._factors(layers)
-        with self._lost():
-            squares = self._squares()
-        experts = {
-            one.target: {one.name: squares[one.layer, one.name]}
-            for layer in layers
-            for one in self._of_layer[layer]
-        }
-        found = {name: {"": sum_of_squares(one)} for name, one in trunk.items()}
-        if bad := self._names_not_finite(experts, found, factors):
+        factors = self._experts.factors(layers)
+        experts = self._experts.squares(layers)
+        squares = {name: sum_of_squares(one) for name, one in trunk.items()}
+        if bad := self._names_not_finite(experts, squares):
             return self._not_applied(bad, loss)
-        scaled = {
-            one.target: {one.name: squares[one.layer, one.name] * self._factor(one, factors) ** 2}
-            for layer in layers
-            for one in self._of_layer[layer]
-        }
-        norm, coefficient, _ = clip_coefficient(scaled | found, self.max_grad_norm)
+        squares |= {name: square * factor**2 for name, (square, factor) in experts.items()}
+        norm, coefficient, _ = clip_coefficient({"": squares}, self.max_grad_norm)
         updates: dict[int, GroupUpdate] = {}
         for index, group in enumerate(self.param_groups):
             settings = self.rule.values(self._settings(group))
             own = expert_group(index)
             updates[own] = GroupUpdate(factors.get(own, 1.0) * coefficient, settings)
             updates[trunk_group(index)] = GroupUpdate(coefficient, settings)
-        skipped = frozenset(self._of_layer.keys() - layers)
-        with self._lost():
-            run.commit(updates, trunk, skipped)
+        try:
+            run.commit(updates, trunk, self._experts.without(layers))
+        except StepLost:
+            self._clear()
+            raise
         self._watch.record()
         self.grad_norm = norm
-        self._forget()
+        self._clear()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, also what hosts have added up."""
+        self._check_open()
         if not set_to_none:
             raise BadInput(
                 "zero_grad(set_to_none=False): experts' gradients are on their hosts, and can be "
                 "dropped but not set to zero; call zero_grad()"
             )
         super().zero_grad(set_to_none=True)
-        self._drop_added()
+        self._experts.drop()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "trained"):
@@ -236,97 +219,19 @@ class PoolOptimizer(torch.optim.Optimizer):
             )
         where = {name: pool.get(name) for name in self._where()}
         checkpoint = pool.get("checkpoint")
-        # accelerate loads what it has just read. If the trunk was changed and there is no checkpoint
-        # of now, the next forward pass says so.
+        # accelerate loads what it has just read. If the trunk was changed and there is no
+        # checkpoint of now, the next forward pass says so.
         if where != self._where() or (checkpoint is not None and self._watch.changed()):
             self._restore(where, checkpoint)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "pool"})
 
     # --- gradients --------------------------------------------------------------------------------
 
-    def _on_learned(self, layer: int) -> None:
-        """Give the stand-ins of a layer their gradients, if they have none of this attempt yet."""
-        for one in self._stand_ins.layers.get(layer, ()):
-            if not one.parameter.requires_grad or self._is_current(one):
-                continue
-            if layer in self._learned:
-                raise BadInput(
-                    f"the gradients of {one.target} were dropped between two backward passes of "
-                    "one step; call zero_grad() before the first forward pass of a step"
-                )
-            PoolGradient.of(one.parameter, self._recorded(one))
-        self._learned.add(layer)
-
-    def _recorded(self, one: StandIn) -> Recorded:
-        attempt = self._attempt
-
-        def square() -> float:
-            if self._attempt is not attempt:
-                raise BadInput(f"the gradient of {one.target} belongs to a step that is over")
-            with self._lost():
-                found = self._squares()
-            if (one.layer, one.name) not in found:
-                raise BadInput(
-                    f"{one.target} requires gradients, and the optimizer does not train it: hosts "
-                    "know no norm of it; freeze it with requires_grad_(False), or give it in params"
-                )
-            return found[one.layer, one.name]
-
-        return Recorded(one.target, attempt, square)
-
-    def _is_current(self, one: StandIn) -> bool:
-        """Return whether a stand-in has a gradient. Raises BadInput for one of another origin."""
-        grad = one.parameter.grad
-        if grad is None:
-            return False
-        if not isinstance(grad, PoolGradient):
-            raise BadInput(
-                f"the gradient of {one.target} was replaced by a tensor; that of experts is on "
-                "their hosts, and can only be multiplied by a number, or dropped by zero_grad()"
-            )
-        return grad.recorded.attempt is self._attempt
-
-    def _squares(self) -> Mapping[tuple[int, str], float]:
-        self._asked = True
-        return self.run.squares()
-
     def _before_forward(self, module: nn.Module, _: object) -> None:
         check_not_wrapped(module)
         self._check_unchanged()
-        if not torch.is_grad_enabled():
-            return
-        standing = [one for one in self._stand_ins if one.parameter.requires_grad]
-        have = {one.layer for one in standing if self._is_current(one)}
-        if not have and (standing or not self._trunk_gradients()):
-            self._drop_added()
-            return
-        if gone := {one.layer for one in standing if one.layer in self._learned} - have:
-            raise BadInput(
-                f"the gradients of layers {sorted(gone)} were dropped, and those of {sorted(have)} "
-                "were not; a step goes on with all or with none: call zero_grad() of the optimizer"
-            )
-        scaled = [one for one in standing if self._is_current(one) and _factor_of(one) != 1.0]
-        if self._asked or scaled:
-            what = "multiplied" if scaled else "asked for their norm"
-            raise BadInput(
-                f"forward pass: the gradients of this step were {what} already, so no more can be "
-                "added to them; call step(), or zero_grad() if the step was skipped, first"
-            )
-
-    def _layers_with_gradients(self) -> set[int]:
-        found = set()
-        for layer, stand_ins in self._of_layer.items():
-            have = [one for one in stand_ins if self._is_current(one)]
-            if have and len(have) < len(stand_ins):
-                lacking = next(one.target for one in stand_ins if one not in have)
-                raise BadInput(
-                    f"{have[0].target} has a gradient and {lacking} has none; the tensors of a "
-                    "layer's experts are updated together. To train only some of them, freeze the "
-                    "others before the PoolOptimizer is made"
-                )
-            if have:
-                found.add(layer)
-        return found
+        if torch.is_grad_enabled():
+            self._experts.before_forward(trunk_has_some=bool(self._trunk_gradients()))
 
     def _trunk_gradients(self) -> dict[str, Tensor]:
         found = {}
@@ -348,45 +253,20 @@ class PoolOptimizer(torch.optim.Optimizer):
             found[name] = grad
         return found
 
-    def _factor(self, one: StandIn, factors: Mapping[int, float]) -> float:
-        return factors[self.trained.experts[one.layer][one.name]]
-
-    def _factors(self, layers: Iterable[int]) -> dict[int, float]:
-        """Return by which factor the experts' gradients of each group were multiplied."""
-        found: dict[int, tuple[float, str]] = {}
-        for layer in sorted(layers):
-            for one in self._of_layer[layer]:
-                group = self.trained.experts[layer][one.name]
-                factor, target = found.setdefault(group, (_factor_of(one), one.target))
-                if factor != _factor_of(one):
-                    raise BadInput(
-                        f"the gradient of {target} was multiplied by {factor}, that of "
-                        f"{one.target} by {_factor_of(one)}; within a parameter group all must be "
-                        "multiplied by the same: clip them together, or put them into groups of "
-                        "their own"
-                    )
-        return {group: factor for group, (factor, _) in found.items()}
-
     def _names_not_finite(
-        self,
-        experts: Mapping[str, Mapping[str, float]],
-        trunk: Mapping[str, Mapping[str, float]],
-        factors: Mapping[int, float],
+        self, experts: Mapping[str, tuple[float, float]], trunk: Mapping[str, float]
     ) -> list[str]:
-        bad = {
-            target
-            for target, squares in (experts | trunk).items()
-            if not all(math.isfinite(one) for one in squares.values())
-        }
-        if bad & experts.keys():
-            return [*self.run.not_finite(), *sorted(bad & trunk.keys())]
-        if not bad and not all(math.isfinite(one) for one in factors.values()):
+        bad_trunk = [name for name, square in trunk.items() if not math.isfinite(square)]
+        if not all(math.isfinite(square) for square, _ in experts.values()):
+            return [*self.run.not_finite(), *bad_trunk]
+        if not bad_trunk and not all(math.isfinite(factor) for _, factor in experts.values()):
             return ["the factor by which experts' gradients were multiplied"]
-        return sorted(bad)
+        return bad_trunk
 
     def _not_applied(self, bad: Sequence[str], loss: Any) -> Any:
         more = f" and {len(bad) - _NAMES} more" if len(bad) > _NAMES else ""
-        what = f"step {self.run.step + 1}: gradients are not finite: {', '.join(bad[:_NAMES])}{more}"
+        names = f"{', '.join(bad[:_NAMES])}{more}"
+        what = f"step {self.run.step + 1}: gradients are not finite: {names}"
         if self._not_finite == "stop":
             raise BadExpert(
                 f"{what}. Nothing was changed. Call zero_grad() and go on with other data, lower "
@@ -394,42 +274,22 @@ class PoolOptimizer(torch.optim.Optimizer):
             )
         log.warning("%s. They are dropped, and the step is skipped.", what)
         self.grad_norm = math.nan
+        self._experts.drop()
         self._clear()
-        self._drop_added()
         return loss
-
-    def _drop_added(self) -> None:
-        """Drop what hosts have added up, if stand-ins have no gradients any more."""
-        if self._asked or self._learned or self.run.has_gradients:
-            self.run.drop()
-        self._begin_attempt()
-
-    def _begin_attempt(self) -> None:
-        self._attempt = object()
-        self._learned.clear()
-        self._asked = False
 
     def _clear(self) -> None:
         for group in self.param_groups:
             for one in group["params"]:
                 one.grad = None
-        for one in self._stand_ins:
-            one.parameter.grad = None
-
-    def _forget(self) -> None:
-        self._clear()
-        self._begin_attempt()
-
-    @contextmanager
-    def _lost(self) -> Iterator[None]:
-        """Forget the gradients of a step that is lost."""
-        try:
-            yield
-        except StepLost:
-            self._forget()
-            raise
+        self._experts.clear()
 
     # --- checks, and what is kept outside ---------------------------------------------------------
+
+    def _check_open(self) -> TrainingRun:
+        if self._run is None:
+            raise BadInput("the PoolOptimizer is closed; make a new one to train on")
+        return self._run
 
     def _settings(self, group: Mapping[str, Any]) -> dict[str, object]:
         return {
@@ -471,7 +331,7 @@ class PoolOptimizer(torch.optim.Optimizer):
     def _restore(self, where: Mapping[str, object], checkpoint: object) -> None:
         if not isinstance(checkpoint, str):
             self._refuse(where)
-        self._forget()
+        self._clear()
         self.run.restore(Path(checkpoint))
         self._restores += 1
         self._watch.record()
@@ -484,8 +344,3 @@ class PoolOptimizer(torch.optim.Optimizer):
             "with it, so its experts and its optimizer's state are nowhere. Call "
             "model.save_pretrained(folder) before state_dict(), as Trainer does"
         )
-
-
-def _factor_of(one: StandIn) -> float:
-    grad = one.parameter.grad
-    return grad.recorded.factor if isinstance(grad, PoolGradient) else 1.0

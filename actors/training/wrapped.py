@@ -16,9 +16,9 @@ def check_one_process() -> None:
         processes = distributed.get_world_size()
         if processes > 1:
             raise BadInput(
-                f"torch.distributed has {processes} processes, and one process trains a pool; start "
-                "the trainer without torchrun or accelerate launch, and use accumulation for "
-                "larger batches"
+                f"torch.distributed has {processes} processes, and one process trains a pool; "
+                "start the trainer without torchrun or accelerate launch, and use accumulation "
+                "for larger batches"
             )
 
 
@@ -32,7 +32,8 @@ def check_not_wrapped(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise BadInput(
             f"model: {type(model).__name__}: give the model that the cluster has opened, without "
-            "DistributedDataParallel, FSDP, DeepSpeed, DataParallel, PEFT or torch.compile around it"
+            "DistributedDataParallel, FSDP, DeepSpeed, DataParallel, PEFT or torch.compile around "
+            "it"
         )
     if type(model).__name__.startswith("FSDP"):
         raise BadInput(

@@ -58,7 +58,9 @@ def parameter_groups(model: nn.Module, params: Iterable[Any] | None) -> list[dic
     groups = []
     for index, group in enumerate(given):
         if not isinstance(group, dict) or "params" not in group:
-            raise BadInput(f'params[{index}]: {type(group).__name__}: it must be a dict with "params"')
+            raise BadInput(
+                f'params[{index}]: {type(group).__name__}: it must be a dict with "params"'
+            )
         found = group["params"]
         found = [found] if isinstance(found, Tensor) else list(found)
         for place, one in enumerate(found):

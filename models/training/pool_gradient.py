@@ -70,18 +70,19 @@ class PoolGradient(Tensor):
     ) -> Any:
         handle = _HANDLERS.get(func)
         if handle is None:
-            raise _refused(func, args)
+            raise _refused(func, [*args, *(kwargs or {}).values()])
         return handle(func, *args, **(kwargs or {}))
 
 
 def _refused(func: Any, args: Sequence[Any], why: str = "") -> BadInput:
     listed = [one for arg in args for one in (arg if isinstance(arg, (list, tuple)) else [arg])]
-    name = next(one.recorded.name for one in listed if isinstance(one, PoolGradient))
+    names = [one.recorded.name for one in listed if isinstance(one, PoolGradient)]
     return BadInput(
-        f"{func} on the gradient of {name}: {why or 'it cannot be computed here'}. The gradients "
-        "of experts are on their hosts: they have a 2-norm, and can be multiplied by a number; "
-        "clip them with torch.nn.utils.clip_grad_norm_ or PoolOptimizer(max_grad_norm=...), drop "
-        "them with zero_grad(), and apply them with PoolOptimizer"
+        f"{func} on the gradient of {names[0] if names else 'experts'}: "
+        f"{why or 'it cannot be computed here'}. The gradients of experts are on their hosts: they "
+        "have a 2-norm, and can be multiplied by a number; clip them with "
+        "torch.nn.utils.clip_grad_norm_ or PoolOptimizer(max_grad_norm=...), drop them with "
+        "zero_grad(), and apply them with PoolOptimizer"
     )
 
 
@@ -171,7 +172,7 @@ def _foreach_scale(invert: bool) -> Callable[..., None]:
 
 
 def _unscale(func: Any, tensors: list[Tensor], found_inf: Tensor, inverse: Tensor) -> None:
-    """What a GradScaler does: multiply, and note if something is not finite."""
+    """Multiply by a GradScaler's inverse scale, and note if something is not finite."""
     plain = [one for one in tensors if not isinstance(one, PoolGradient)]
     if plain:
         func(plain, found_inf, inverse)
@@ -191,6 +192,12 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **{one: _scale(True) for one in (_aten.div_.Tensor, _aten.div_.Scalar)},
     **{one: _scaled(False) for one in (_aten.mul.Tensor, _aten.mul.Scalar)},
     **{one: _scaled(True) for one in (_aten.div.Tensor, _aten.div.Scalar)},
-    **{one: _foreach_scale(False) for one in (_aten._foreach_mul_.Tensor, _aten._foreach_mul_.Scalar)},
-    **{one: _foreach_scale(True) for one in (_aten._foreach_div_.Tensor, _aten._foreach_div_.Scalar)},
+    **{
+        one: _foreach_scale(False)
+        for one in (_aten._foreach_mul_.Tensor, _aten._foreach_mul_.Scalar)
+    },
+    **{
+        one: _foreach_scale(True)
+        for one in (_aten._foreach_div_.Tensor, _aten._foreach_div_.Scalar)
+    },
 }

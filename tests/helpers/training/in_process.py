@@ -158,7 +158,9 @@ class InProcessRun:
     def put_together(self) -> Any:
         """Return the whole model, with the trunk's values."""
         trunk = self.trunk.state_dict()
-        self.whole.load_state_dict({name: trunk.get(name, one) for name, one in self.whole.state_dict().items()})
+        self.whole.load_state_dict(
+            {name: trunk.get(name, one) for name, one in self.whole.state_dict().items()}
+        )
         return self.whole
 
     def restore(self, folder: Path) -> None:

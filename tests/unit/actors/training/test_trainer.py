@@ -170,5 +170,7 @@ def test_the_best_model_is_not_loaded_into_the_trunk_alone(tmp_path: Path) -> No
         trainer.evaluate()
         assert run.step == 2
         trainer.save_model(str(tmp_path / "best"))
-    best = [AutoModelForCausalLM.from_pretrained(tmp_path / one) for one in ("best", "checkpoint-2")]
+    best = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / one) for one in ("best", "checkpoint-2")
+    ]
     assert torch.equal(*(one.model.layers[1].mlp.experts.down_proj for one in best))
