@@ -10,6 +10,7 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,8 @@ class Learning:
         """
         self.router = router
         self.dtype = dtype
+        # Called with a layer's number when the gradients of one of its calls were added up.
+        self.learned: Callable[[int], None] = lambda _: None
         self._model = model
         self._attempt: Attempt | None = None
         self._why = "no training step is under way; make a moesaic.PoolOptimizer of the model first"
@@ -97,10 +100,12 @@ class Learning:
         if call.attempt != self._attempt:
             raise StepLost(f"the forward pass belongs to {call.attempt}, which is over")
         try:
-            return self._through_pool(key, call, x_TH, ids_TK, weights_TK, grad_y_TH)
+            found = self._through_pool(key, call, x_TH, ids_TK, weights_TK, grad_y_TH)
+            self.learned(key.layer)
         except BaseException as error:
             self.end(f"{call.attempt} is over ({describe_error(error)}); call zero_grad() first")
             raise
+        return found
 
     def _through_pool(
         self,

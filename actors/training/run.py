@@ -164,7 +164,7 @@ class PoolRun:
 
     def listen(self, learned: Callable[[int], None]) -> None:
         """Call ``learned(layer)`` whenever gradients of a layer's call were added up."""
-        self._trunk.learning.listen(learned)
+        self._trunk.learning.learned = learned
 
     def commit(
         self,

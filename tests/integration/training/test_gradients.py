@@ -80,11 +80,14 @@ def test_gradients_of_several_microbatches(
 ) -> None:
     """Forward calls may be computed with lent memory; backward ones are always sent."""
     plain = plain_model(folder, dtype)
+    learned: list[int] = []
     with training(folder, dtype=dtype, exact=exact, borrows=borrows) as trunk:
+        trunk.learning.learned = learned.append
         trunk.begin(exact=exact)
         for ids in (IDS, IDS[:1], IDS[1:, 3:]):
             loss_of(plain, ids).backward()
             loss_of(trunk.model, ids).backward()
+        assert learned == [1, 0] * 3
         assert_equal(trunk, trunk.gradients(), plain, 1e-12 if dtype == torch.float64 else 1e-5)
 
 

@@ -29,6 +29,7 @@ kernels/slabs                       kernels kernels/grouped
 models/folder                       proto
 models/trunk                        proto kernels models/folder
 models/export                       proto models/folder models/trunk
+models/training                     proto kernels models/trunk
 models/upcycling                    proto models/folder
 models                              proto models/folder models/upcycling
 
@@ -63,7 +64,8 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     cluster cluster/load cluster/routing cluster/training
                                     actors/runtime actors/transport actors/transport/grpc
                                     actors/engine
-actors/training                     proto cluster cluster/training actors/runtime
+actors/training                     proto kernels/backward kernels/training models/export models/trunk
+                                    models/training cluster cluster/training actors/runtime
                                     actors/transport/bulk actors/router
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
                                     actors/runtime actors/text actors/engine actors/router

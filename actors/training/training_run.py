@@ -1,0 +1,87 @@
+"""What an optimizer asks of the run that trains a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from ...cluster.training.orders import GroupUpdate
+
+
+class TrainingRun(Protocol):
+    """A run over a pool, with hosts that own what is trained.
+
+    Methods raise StepLost if hosts were lost before the commit: all that was added up is lost with
+    them, the pool stands at the last commit, and `drop` begins the next attempt.
+    """
+
+    @property
+    def run(self) -> int:
+        """Its number, which grows from run to run."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """How many steps were committed."""
+        ...
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward call began since the last commit or `drop`, even one that failed."""
+        ...
+
+    def listen(self, learned: Callable[[int], None]) -> None:
+        """Call ``learned(layer)`` whenever the gradients of a layer's call were added up."""
+        ...
+
+    def squares(self) -> Mapping[tuple[int, str], float]:
+        """Return the sum of squares of the experts' gradients, by layer and name in the pool.
+
+        It is over all experts of the layer, and over each once, however many replicas it has. Only
+        what is trained is in it. Asking ends the collection of gradients; asked again in the same
+        attempt, it answers the same at once.
+        """
+        ...
+
+    def not_finite(self) -> tuple[str, ...]:
+        """Return a name for each expert's gradient that `squares` has found not to be finite."""
+        ...
+
+    def commit(
+        self,
+        groups: Mapping[int, GroupUpdate],
+        trunk: Mapping[str, Tensor],
+        skipped: frozenset[int],
+    ) -> None:
+        """Apply the gradients everywhere; the model's parameters have their new values afterwards.
+
+        ``trunk`` has gradients by parameter; parameters that it lacks keep their values and their
+        state. So do the experts of the layers in ``skipped``.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Forget what was added up; what follows belongs to a new attempt."""
+        ...
+
+    def save(self, folder: Path, *, max_shard_size: int | str | None) -> None:
+        """Write the model and all state after the last commit, so that `restore` can read it.
+
+        The folder may exist, and other files in it stay. ``max_shard_size`` is that of
+        `save_pretrained`, None its default.
+        """
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Take everything from a folder of `save`: experts, owners' state, the model's parameters.
+
+        What was added up is forgotten.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the run. The pool goes on to serve the last committed weights."""
+        ...
