@@ -51,12 +51,14 @@ class Learning:
         self._microbatch = 0
         # The next part's number by layer and microbatch; a layer may be called more than once.
         self._parts: Counter[tuple[int, int]] = Counter()
+        self.touched = False  # a backward call of the attempt has begun
 
     def begin(self, attempt: Attempt) -> None:
         """Let what follows belong to an attempt that has begun on all hosts."""
         self._attempt = attempt
         self._microbatch = 0
         self._parts.clear()
+        self.touched = False
 
     def end(self, why: str) -> None:
         """End the attempt: a forward pass that is to be learned from raises StepLost with why."""
@@ -99,6 +101,7 @@ class Learning:
         """
         if call.attempt != self._attempt:
             raise StepLost(f"the forward pass belongs to {call.attempt}, which is over")
+        self.touched = True
         try:
             found = self._through_pool(key, call, x_TH, ids_TK, weights_TK, grad_y_TH)
             self.learned(key.layer)

@@ -9,19 +9,25 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from ...cluster.expert_keys import TRUNK, ExpertKey, trunk_block
+from ...cluster.expert_keys import TRUNK, ExpertKey
+from ...cluster.spec.text import bytes_of
 from ...cluster.training.orders import BulkKey, GroupUpdate, Order
 from ...cluster.training.steps import Answers, Exchange, PoolNow, RunPlan, Squares, TrainingSteps
+from ...models.export.plan import plan_export
+from ...models.export.training_checkpoint import read_checkpoint
 from ...proto.errors import (
+    BadInput,
     CallError,
     ClusterError,
     MoesaicError,
@@ -31,6 +37,7 @@ from ...proto.errors import (
 )
 from ..transport.bulk.links import BulkLinks
 from .learning import Learning
+from .saving import LoadedRun, SavedRun
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +80,9 @@ class TrainingPool(Protocol):
 class LearningTrunk:
     """A trunk whose experts are in a pool, as a run needs it."""
 
-    model: nn.Module
+    model: PreTrainedModel
     learning: Learning
     name: str  # of its router, and of the source of its gradients
-    blocks: Sequence[Sequence[str]]  # names of the parameters that are trained
-
-    def block(self, model: str, number: int) -> tuple[ExpertKey, Sequence[str]]:
-        return trunk_block(model, number), self.blocks[number]
 
 
 class PoolRun:
@@ -96,13 +99,24 @@ class PoolRun:
     ) -> None:
         """Begin the run, with the weights of ``version`` and those of the trunk.
 
-        ``close`` ends it. Raises ClusterError.
+        ``close`` ends it, and closes ``links``. Raises ClusterError.
         """
         self._pool = pool
         self._links = links
         self._trunk = trunk
         self._plan = plan
         self._parameters = dict(trunk.model.named_parameters())
+        self._blocks = {
+            key: tuple(one.groups) for key, one in plan.tensors.items() if key.layer == TRUNK
+        }
+        self._files = SavedRun(
+            model=plan.model,
+            trunk=trunk.model,
+            trained=plan.tensors,
+            blocks=self._blocks,
+            read=self._reading,
+        )
+        self._saving: Future[None] | None = None
         # Held during each exchange with hosts: the keeper of the lease has some of its own.
         self._lock = threading.Lock()
         self._steps = TrainingSteps(plan, pool.now(), version=version)
@@ -115,7 +129,7 @@ class PoolRun:
         self._keeper = threading.Thread(target=self._keep, name="training-run", daemon=True)
         try:
             self._exchange(self._steps.open())
-            self._each_block(range(len(trunk.blocks)), self._put_weights)
+            self._each_block(self._blocks, self._put_weights)
             self._exchange(self._steps.own())
             trunk.learning.begin(self._steps.attempt)
             self._keeper.start()
@@ -137,7 +151,7 @@ class PoolRun:
     @property
     def has_gradients(self) -> bool:
         """Whether gradients were added up since the last step, or since they were dropped."""
-        return bool(self._trunk.learning.layers)
+        return self._trunk.learning.touched or self._without is not None
 
     def squares(self) -> dict[tuple[int, str], float]:
         """Return the sum of squares of the experts' gradients, by layer and name in the pool.
@@ -188,14 +202,14 @@ class PoolRun:
                     "be left out of the step; set them to None before the norm is taken"
                 )
             with self._attempt():
-                numbers = [
-                    number
-                    for number, names in enumerate(self._trunk.blocks)
+                keys = [
+                    key
+                    for key, names in self._blocks.items()
                     if any(name in trunk for name in names)
                 ]
-                self._each_block(numbers, lambda key, names: self._put_gradients(key, names, trunk))
-                keys = {trunk_block(self._plan.model, number) for number in numbers}
+                self._each_block(keys, lambda key: self._put_gradients(key, trunk))
                 self._exchange(self._steps.reduce_trunk(keys, self._trunk.name))
+                self._await_saving()
                 self._exchange(self._steps.commit(groups))
             self._settle()
 
@@ -210,12 +224,65 @@ class PoolRun:
             self._exchange(self._steps.again(self._pool.now()))
             self._begun()
 
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def save(
+        self, folder: Path, *, max_shard_size: int | str | None = None, wait: bool = True
+    ) -> Future[None]:
+        """Write the model and all state after the last commit, so that `restore` can read it.
+
+        The folder may exist, and other files in it stay. Without ``wait`` it is written beside the
+        next step, whose commit waits for it; the result tells whether it was. Raises
+        CheckpointError and UnsupportedModel.
+        """
+        with self._lock:
+            self._check()
+            self._await_saving()
+            sizes = {} if max_shard_size is None else {"max_shard_bytes": _bytes(max_shard_size)}
+            # In this thread: transformers builds a model for it.
+            plan = plan_export(self._trunk.model, dtype=self._trunk.learning.dtype, **sizes)
+            about = {"run": self.run, "optimizer": self._plan.optimizer}
+            self._saving = self._threads.submit(
+                self._files.write, folder, plan, step=self.step, about=about
+            )
+            if wait:
+                self._saving.result()
+            return self._saving
+
+    def restore(self, folder: Path) -> None:
+        """Take everything from a folder of `save`: experts, owners' state, the trunk's parameters.
+
+        What was added up is forgotten. Raises CheckpointError, with the pool as it was, and
+        ClusterError.
+        """
+        with self._lock:
+            self._check()
+            checkpoint = read_checkpoint(folder)
+            loaded = LoadedRun(checkpoint, self._files)
+            loaded.check_frozen()
+            self._await_saving()
+            self._trunk.learning.end("a checkpoint is taken over")
+            self._exchange(self._steps.forget(self._pool.now()))
+            for key in self._plan.tensors:
+                given = BulkKey("state", key, run=self.run)
+                self._put(given, loaded.state(key))
+            self._exchange(self._steps.take_over(checkpoint.step))
+            loaded.copy_frozen()
+            self._settle()
+
+    def _await_saving(self) -> None:
+        """Wait until a checkpoint that is being written has read what a commit would change."""
+        saving, self._saving = self._saving, None
+        if saving is not None and (error := saving.exception()) is not None:
+            log.error("a checkpoint could not be written: %s", describe_error(error))
+
     def close(self) -> None:
         """End the run; hosts forget what they own for it, and keep the weights."""
         self._stop.set()
         if self._keeper.is_alive():
             self._keeper.join(_END_S)
         self._trunk.learning.end("the training run was closed")
+        self._await_saving()
         self._threads.shutdown(cancel_futures=True)
         if self._over is None:
             try:
@@ -243,7 +310,7 @@ class PoolRun:
         """Serve what was committed, take the trunk's new weights, and begin the next attempt."""
         steps = self._steps
         self._pool.publish(steps.version, PUBLISH_S)
-        self._each_block(range(len(self._trunk.blocks)), self._get_weights)
+        self._each_block(self._blocks, self._get_weights)
         self._served = steps.version
         self._exchange(steps.begin())
         self._begun()
@@ -252,42 +319,45 @@ class PoolRun:
         self._without, self._squares = None, {}
         self._trunk.learning.begin(self._steps.attempt)
 
-    def _put_weights(self, key: ExpertKey, names: Sequence[str]) -> None:
+    def _put_weights(self, key: ExpertKey) -> None:
         given = BulkKey("weights", key, version=self._steps.version, run=self.run)
-        tensors = {name: self._parameters[name].detach() for name in names}
-        self._put(given, tensors)
+        self._put(given, {name: self._parameters[name].detach() for name in self._blocks[key]})
 
-    def _put_gradients(
-        self, key: ExpertKey, names: Sequence[str], trunk: Mapping[str, Tensor]
-    ) -> None:
+    def _put_gradients(self, key: ExpertKey, trunk: Mapping[str, Tensor]) -> None:
         given = BulkKey("gradient", key, attempt=self._steps.attempt, source=self._trunk.name)
-        self._put(given, {name: trunk[name] for name in names if name in trunk})
+        self._put(given, {name: trunk[name] for name in self._blocks[key] if name in trunk})
 
     def _put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
-        for entry in self._steps.entries(given.key):
+        for entry in self._steps.owning(given.key):
             self._links.put(entry, given, tensors, timeout_s=BULK_S)
 
-    def _get_weights(self, key: ExpertKey, names: Sequence[str]) -> None:
-        wanted = BulkKey("weights", key, version=self._steps.version)
-        error: MoesaicError | None = None
-        for entry in self._steps.entries(key):
-            try:
-                with self._links.get(entry, wanted, timeout_s=BULK_S) as tensors, torch.no_grad():
-                    for name in names:
-                        self._parameters[name].copy_(tensors[name])
-                return
-            except MoesaicError as failure:
-                error = failure
-        raise ClusterError(f"{key}: its new weights cannot be read: {error}") from error
+    def _get_weights(self, key: ExpertKey) -> None:
+        with self._reading("weights", key) as tensors, torch.no_grad():
+            for name in self._blocks[key]:
+                self._parameters[name].copy_(tensors[name])
 
-    def _each_block(
-        self, numbers: Iterable[int], act: Callable[[ExpertKey, Sequence[str]], None]
-    ) -> None:
+    @contextmanager
+    def _reading(
+        self, kind: Literal["weights", "state"], key: ExpertKey
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Return tensors of a key after the last commit, from the first host that answers."""
+        steps = self._steps
+        wanted = BulkKey(kind, key, version=steps.version, run=self.run)
+        error: MoesaicError | None = None
+        for entry in steps.having(key) if kind == "weights" else steps.owning(key):
+            with ExitStack() as stack:
+                try:
+                    found = stack.enter_context(self._links.get(entry, wanted, timeout_s=BULK_S))
+                except MoesaicError as failure:
+                    error = failure
+                    continue
+                yield found
+                return
+        raise ClusterError(f"{kind} of {key} cannot be read: {error}") from error
+
+    def _each_block(self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]) -> None:
         """Do something with blocks of the trunk side by side; raise the first error."""
-        begun = [
-            self._threads.submit(act, *self._trunk.block(self._plan.model, number))
-            for number in numbers
-        ]
+        begun = [self._threads.submit(act, key) for key in keys]
         for one in begun:
             one.result()
 
@@ -342,3 +412,11 @@ class PoolRun:
                     log.warning("run %d: %s", self.run, describe_error(error))
                 finally:
                     self._lock.release()
+
+
+def _bytes(size: int | str) -> int:
+    """Return what `save_pretrained` means by a shard's size. Raises BadInput."""
+    try:
+        return size if isinstance(size, int) else bytes_of(size)
+    except ValueError as error:
+        raise BadInput(f"max_shard_size: {error}") from error

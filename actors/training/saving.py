@@ -102,21 +102,39 @@ class LoadedRun:
         for name, parameter in trunk.named_parameters():
             found = self.parameters.get(name)
             if found is not None and found.shape != parameter.shape:
+                sizes = f"{tuple(found.shape)}, and {tuple(parameter.shape)} in the trunk"
                 raise CheckpointError(
-                    f"{checkpoint.path}: {name} is {tuple(found.shape)}, and {tuple(parameter.shape)}"
-                    " in the trunk; it is a checkpoint of another model"
+                    f"{checkpoint.path}: {name} is {sizes}; it is a checkpoint of another model"
                 )
 
-    def check_frozen(self, key: ExpertKey, served: Mapping[str, Tensor]) -> None:
-        """Check that what is not trained of an expert is as in the checkpoint."""
-        trained = self._saved.trained[key].groups if key in self._saved.trained else {}
-        stored = self._checkpoint.weights(key.layer, key.expert)
-        for name in stored.keys() - trained.keys():
-            if not torch.equal(stored[name], served[name]):
-                raise CheckpointError(
-                    f"{self._checkpoint.path}: {name} of {key} is not trained by this run, and is "
-                    "another one in the pool; serve the checkpoint's folder to go on from it"
-                )
+    def check_frozen(self) -> None:
+        """Check that experts' tensors that are not trained are as in the checkpoint.
+
+        Raises CheckpointError.
+        """
+        saved = self._saved
+        for layer, expert in self._checkpoint.experts:
+            key = ExpertKey(saved.model, layer, expert)
+            stored = self._checkpoint.weights(layer, expert)
+            trained = saved.trained[key].groups if key in saved.trained else {}
+            if stored.keys() <= trained.keys():
+                continue
+            with saved.read("weights", key) as served:
+                for name in stored.keys() - trained.keys():
+                    if not torch.equal(stored[name], served[name]):
+                        raise CheckpointError(
+                            f"{self._checkpoint.path}: {name} of {key} is not trained by this run, "
+                            "and is another one in the pool; let the cluster serve the "
+                            "checkpoint's folder to go on from it"
+                        )
+
+    def copy_frozen(self) -> None:
+        """Give the trunk the parameters and buffers that no owner has."""
+        owned = {name for names in self._saved.blocks.values() for name in names}
+        with torch.no_grad():
+            for name, parameter in self._saved.trunk.named_parameters():
+                if name in self.parameters and name not in owned:
+                    parameter.copy_(self.parameters[name])
 
     def state(self, key: ExpertKey) -> dict[str, Tensor]:
         """Return the state of a key, as an owner takes it. Raises CheckpointError."""

@@ -35,6 +35,7 @@ from .orders import (
     Prepared,
     Reduce,
     Renew,
+    Serve,
 )
 from .owners import (
     OwnerHosts,
@@ -121,9 +122,14 @@ class TrainingSteps:
     def attempt(self) -> Attempt:
         return Attempt(self.plan.run, self.step, self._number)
 
-    def entries(self, key: ExpertKey) -> list[HostEntry]:
+    def owning(self, key: ExpertKey) -> list[HostEntry]:
         """Return the owners of a key."""
-        return [self._pool.entries[h] for h in self.owners[key] if h in self._pool.entries]
+        return [self._pool.entries[h] for h in self.owners.get(key, ()) if h in self._pool.entries]
+
+    def having(self, key: ExpertKey) -> list[HostEntry]:
+        """Return the hosts with the weights of a key; those that serve it have all tensors."""
+        serving = [h for h in self._pool.holders.get(key, ()) if h in self._pool.entries]
+        return [*(self._pool.entries[h] for h in serving), *self.owning(key)]
 
     # ---- the run's beginning and end ------------------------------------------------------------
 
@@ -135,7 +141,7 @@ class TrainingSteps:
     def own(self) -> Exchange[None]:
         """Let owners take over what is trained, and begin the first attempt. Raises ClusterError.
 
-        Before this, who runs the exchange puts what hosts do not have into `entries`.
+        Before this, who runs the exchange puts what hosts do not have into `owning`.
         """
         found = yield {host: self._own(keys) for host, keys in keys_by_host(self.owners).items()}
         _raise_first(found, "become the owner of what is trained")
@@ -223,6 +229,31 @@ class TrainingSteps:
         """Begin the first attempt at the next step. Raises StepLost."""
         self._check()
         yield from self._begin()
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def forget(self, pool: PoolNow) -> Exchange[None]:
+        """Let owners forget what they own; a checkpoint's state comes in its place.
+
+        Who runs the exchange puts it into `owning`, and goes on with `take_over`. Raises StepLost.
+        """
+        self._reduction = None
+        yield from self.follow(pool)
+        found = yield {
+            host: Disown(run=self.plan.run, keys=tuple(keys))
+            for host, keys in keys_by_host(self.owners).items()
+        }
+        _raise_first(found, "forget what it owns")
+
+    def take_over(self, step: int) -> Exchange[None]:
+        """Go on from the state after ``step`` that owners were given, as a new version."""
+        self._reduction = None
+        found = yield {host: self._own(keys) for host, keys in keys_by_host(self.owners).items()}
+        _raise_first(found, "become the owner of what is trained")
+        self.step, self.version, self._number = step, self.version + 1, 0
+        order = Serve(run=self.plan.run, version=self.version)
+        _raise_first((yield dict.fromkeys(keys_by_host(self.owners), order)), "serve what it owns")
+        yield self._renewals()
 
     # ---- hosts that come and go -----------------------------------------------------------------
 
