@@ -33,6 +33,7 @@ class HostEntry:
     grpc_address: str  # host:port
     device: str = "cpu"  # "cpu" or the UUID of its GPU
     numa: int | None = None  # the NUMA node that its process is pinned to, if it is to one
+    bulk_address: str = ""  # abstract Unix socket for tensors of a training run; empty: only gRPC
 
     @property
     def target(self) -> str:

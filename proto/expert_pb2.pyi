@@ -248,28 +248,119 @@ class Pong(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class WeightsKey(_message.Message):
-    __slots__ = ("model", "layer", "expert", "version")
+    __slots__ = ("model", "layer", "expert", "version", "kind", "run", "attempt", "source")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        EXPERT: _ClassVar[WeightsKey.Kind]
+        WEIGHTS: _ClassVar[WeightsKey.Kind]
+        GRADIENT: _ClassVar[WeightsKey.Kind]
+        STATE: _ClassVar[WeightsKey.Kind]
+    EXPERT: WeightsKey.Kind
+    WEIGHTS: WeightsKey.Kind
+    GRADIENT: WeightsKey.Kind
+    STATE: WeightsKey.Kind
+    class Attempt(_message.Message):
+        __slots__ = ("run", "step", "number")
+        RUN_FIELD_NUMBER: _ClassVar[int]
+        STEP_FIELD_NUMBER: _ClassVar[int]
+        NUMBER_FIELD_NUMBER: _ClassVar[int]
+        run: int
+        step: int
+        number: int
+        def __init__(self, run: _Optional[int] = ..., step: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     model: str
     layer: int
     expert: int
     version: int
-    def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+    kind: WeightsKey.Kind
+    run: int
+    attempt: WeightsKey.Attempt
+    source: str
+    def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ..., version: _Optional[int] = ..., kind: _Optional[_Union[WeightsKey.Kind, str]] = ..., run: _Optional[int] = ..., attempt: _Optional[_Union[WeightsKey.Attempt, _Mapping]] = ..., source: _Optional[str] = ...) -> None: ...
 
 class WeightsChunk(_message.Message):
-    __slots__ = ("key", "total_bytes", "crc32", "data")
+    __slots__ = ("key", "total_bytes", "checksum", "data")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
-    CRC32_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     key: WeightsKey
     total_bytes: int
-    crc32: int
+    checksum: int
     data: bytes
-    def __init__(self, key: _Optional[_Union[WeightsKey, _Mapping]] = ..., total_bytes: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[WeightsKey, _Mapping]] = ..., total_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Bulk(_message.Message):
+    __slots__ = ("hello", "get", "put", "written", "too_small", "done", "refusal")
+    class Hello(_message.Message):
+        __slots__ = ("wire_version", "proof")
+        WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+        PROOF_FIELD_NUMBER: _ClassVar[int]
+        wire_version: int
+        proof: bytes
+        def __init__(self, wire_version: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    class Get(_message.Message):
+        __slots__ = ("seq", "key")
+        SEQ_FIELD_NUMBER: _ClassVar[int]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        seq: int
+        key: WeightsKey
+        def __init__(self, seq: _Optional[int] = ..., key: _Optional[_Union[WeightsKey, _Mapping]] = ...) -> None: ...
+    class Put(_message.Message):
+        __slots__ = ("seq", "key", "total_bytes")
+        SEQ_FIELD_NUMBER: _ClassVar[int]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+        seq: int
+        key: WeightsKey
+        total_bytes: int
+        def __init__(self, seq: _Optional[int] = ..., key: _Optional[_Union[WeightsKey, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    class Written(_message.Message):
+        __slots__ = ("seq", "bytes", "total_bytes", "checksum")
+        SEQ_FIELD_NUMBER: _ClassVar[int]
+        BYTES_FIELD_NUMBER: _ClassVar[int]
+        TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+        CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+        seq: int
+        bytes: int
+        total_bytes: int
+        checksum: int
+        def __init__(self, seq: _Optional[int] = ..., bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    class TooSmall(_message.Message):
+        __slots__ = ("seq", "total_bytes")
+        SEQ_FIELD_NUMBER: _ClassVar[int]
+        TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+        seq: int
+        total_bytes: int
+        def __init__(self, seq: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    class Done(_message.Message):
+        __slots__ = ("seq",)
+        SEQ_FIELD_NUMBER: _ClassVar[int]
+        seq: int
+        def __init__(self, seq: _Optional[int] = ...) -> None: ...
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    GET_FIELD_NUMBER: _ClassVar[int]
+    PUT_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    TOO_SMALL_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    hello: Bulk.Hello
+    get: Bulk.Get
+    put: Bulk.Put
+    written: Bulk.Written
+    too_small: Bulk.TooSmall
+    done: Bulk.Done
+    refusal: Refusal
+    def __init__(self, hello: _Optional[_Union[Bulk.Hello, _Mapping]] = ..., get: _Optional[_Union[Bulk.Get, _Mapping]] = ..., put: _Optional[_Union[Bulk.Put, _Mapping]] = ..., written: _Optional[_Union[Bulk.Written, _Mapping]] = ..., too_small: _Optional[_Union[Bulk.TooSmall, _Mapping]] = ..., done: _Optional[_Union[Bulk.Done, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class PutWeightsResult(_message.Message):
     __slots__ = ("bytes",)

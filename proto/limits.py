@@ -27,3 +27,13 @@ MAX_INFLIGHT_BYTES = 256 << 20
 MAX_ARRIVING_BYTES = 1 << 30
 # Bytes of weights in flight, in both directions; a larger expert is sent alone.
 MAX_WEIGHTS_BYTES = 1 << 30
+
+# ---- tensors of a training run over shared memory -----------------------------------------------
+
+# One transfer, and so the memory that a client brings for it.
+MAX_BULK_BYTES = 16 << 30
+# Connections to one host; each has a thread there. One without a request for BULK_IDLE_S ends.
+MAX_BULK_CONNECTIONS = 64
+BULK_IDLE_S = 60.0
+# Memory that a client keeps between its transfers, for all hosts together.
+MAX_KEPT_BYTES = 1 << 30

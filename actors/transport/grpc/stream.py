@@ -65,7 +65,7 @@ from .interceptors import HostAuthInterceptor, check_answer, show_proof
 from .outbox import Outbox
 from .session import GrpcSession, SessionTerms
 from .stalls import StallWatcher
-from .weights import Weights, WeightsStore
+from .weights import BulkStore, Weights, WeightsStore
 
 # The generated stubs would parse whole messages; this code handles them as bytes.
 SERVICE, METHOD = "moesaic.v1.Experts", "Dispatch"
@@ -293,6 +293,7 @@ class GrpcListener:
         bind: str = "127.0.0.1:0",
         *,
         weights: WeightsStore | None = None,
+        bulk: BulkStore | None = None,
         max_held_bytes: int = 256 << 20,
         device: torch.device = _CPU,
         groups: Collection[str] = (),
@@ -302,6 +303,7 @@ class GrpcListener:
     ) -> None:
         """Listen on ``bind`` (ip:port; port 0: any free one).
 
+        ``weights`` are experts that hosts load, and ``bulk`` a training run's tensors.
         ``device`` is the device for NCCL, and ``groups`` are the backends that routers may ask for.
         ``fits`` raises CallError for a call that fits no model; it is asked before memory is
         allocated for a call in chunks or in a group. Only members of the cluster that has
@@ -321,8 +323,8 @@ class GrpcListener:
             options=HOST_OPTIONS,
             maximum_concurrent_rpcs=MAX_RPCS,
         )
-        if weights is not None:
-            self._weights = Weights(weights, self._stalls)
+        if weights is not None or bulk is not None:
+            self._weights = Weights(weights, bulk, self._stalls)
             add_WeightsServicer_to_server(self._weights, self._server)
         try:
             port = self._server.add_insecure_port(bind)

@@ -94,6 +94,6 @@ def fetched(host: ExpertHost, most: int, timeout_s: float = DEADLINE_S) -> dict[
             chunks = WeightsStub(channel).Get(
                 wanted, timeout=timeout_s, metadata=shown(entry, "weights")
             )
-            return weights._load(weights._join(weights._head(chunks), chunks, most))
+            return weights.tensors_in(weights._join(weights._head(chunks), chunks, most))
         except grpc.RpcError as error:
             raise from_grpc(error, "host") from error

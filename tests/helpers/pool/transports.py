@@ -257,10 +257,12 @@ class DictStore:
 
 
 @contextlib.contextmanager
-def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """One of the commands above, with the first line that it prints; reaped at the end."""
+def process(
+    *arguments: str, module: str = "tests.helpers.pool.transports"
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """One of a module's commands, with the first line that it prints; reaped at the end."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.pool.transports", *arguments],
+        [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -7,7 +7,6 @@ import contextlib
 import os
 import socket
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +17,7 @@ import grpc
 import pytest
 import safetensors.torch
 import torch
+import xxhash
 
 from moesaic.actors.host.host import ExpertHost, local_hosts
 from moesaic.actors.router.connect import connect
@@ -229,9 +229,9 @@ class Impostor:
     def weights(self) -> bytes:
         data = safetensors.torch.save({"up": torch.full((3,), float("nan"))})
         key = WeightsKey(model=KEY.model, layer=KEY.layer, expert=KEY.expert, version=1)
-        crc32 = zlib.crc32(data)
+        checksum = xxhash.xxh3_64_intdigest(data)
         return WeightsChunk(
-            key=key, total_bytes=len(data), crc32=crc32, data=data
+            key=key, total_bytes=len(data), checksum=checksum, data=data
         ).SerializeToString()
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+import xxhash
 from torch import Tensor
 
 from moesaic.actors.host.host import ExpertHost, local_hosts
@@ -75,7 +75,7 @@ def test_weights_that_are_too_large_are_refused_with_the_first_chunk(folder: Pat
     def chunks() -> Iterator[WeightsChunk]:
         nonlocal asked
         key = WeightsKey(model="m", layer=LAYER, expert=1, version=1)
-        yield WeightsChunk(key=key, total_bytes=400 * MIB, crc32=1, data=bytes(CHUNK_BYTES))
+        yield WeightsChunk(key=key, total_bytes=400 * MIB, checksum=1, data=bytes(CHUNK_BYTES))
         for _ in range(400):
             asked += 1
             yield WeightsChunk(data=bytes(CHUNK_BYTES))
@@ -83,7 +83,7 @@ def test_weights_that_are_too_large_are_refused_with_the_first_chunk(folder: Pat
     with honest(folder) as one:
         rss = psutil.Process().memory_info().rss
         with pytest.raises(
-            CallError, match=r"total_bytes: 419430400 .* of this model has at most 1?\d{4}$"
+            CallError, match=r"total_bytes: 419430400 .* of this key have at most 1?\d{4}$"
         ):
             put_raw(one.host, chunks())
         assert asked < 100
@@ -95,7 +95,9 @@ def test_weights_that_are_too_large_are_refused_with_the_first_chunk(folder: Pat
 def files(tensors: dict[str, Tensor], key: ExpertKey = ONE) -> Iterator[WeightsChunk]:
     data = safetensors.torch.save(tensors)
     named = WeightsKey(model=key.model, layer=key.layer, expert=key.expert, version=1)
-    yield WeightsChunk(key=named, total_bytes=len(data), crc32=zlib.crc32(data), data=data)
+    yield WeightsChunk(
+        key=named, total_bytes=len(data), checksum=xxhash.xxh3_64_intdigest(data), data=data
+    )
 
 
 Wrong = Callable[[ExpertHost], Grant]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 
 import grpc
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import xxhash
 from torch import Tensor
 
 from moesaic.actors.transport.grpc import weights
@@ -22,6 +23,7 @@ from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.proto.errors import (
     CallError,
     ClusterError,
+    Corrupted,
     Expired,
     HostLost,
     InternalError,
@@ -136,7 +138,7 @@ def test_a_host_that_freezes_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> N
     with process("host", "grpc") as (child, address):
         real = weights._split
 
-        def freezing(key: WeightsKey, data: bytes) -> Iterator[WeightsChunk]:
+        def freezing(key: WeightsKey, data: np.ndarray) -> Iterator[WeightsChunk]:
             for number, chunk in enumerate(real(key, data)):
                 if number == 2:
                     child.send_signal(signal.SIGSTOP)
@@ -182,7 +184,7 @@ def test_nothing_is_left(address: str, store: DictStore) -> None:
 def chunks_of(tensors: Mapping[str, Tensor], **head: int) -> list[WeightsChunk]:
     """The chunks of a file, with some of its head's numbers changed."""
     data = safetensors.torch.save(dict(tensors))
-    fields = {"total_bytes": len(data), "crc32": zlib.crc32(data)} | head
+    fields = {"total_bytes": len(data), "checksum": xxhash.xxh3_64_intdigest(data)} | head
     key = WeightsKey(model=KEY.model, layer=KEY.layer, expert=KEY.expert, version=1)
     return [
         WeightsChunk(key=key, data=data[:100], **fields),
@@ -202,20 +204,20 @@ def test_damaged_files(address: str, store: DictStore) -> None:
     headless = [WeightsChunk(data=chunk.data) for chunk in good]
     rubbish = b"\xff" * 64
     not_safetensors = WeightsChunk(
-        key=good[0].key, total_bytes=64, crc32=zlib.crc32(rubbish), data=rubbish
+        key=good[0].key, total_bytes=64, checksum=xxhash.xxh3_64_intdigest(rubbish), data=rubbish
     )
     size = good[0].total_bytes
-    for chunks, reason in (
-        ([], "key"),
-        (headless, "key"),
-        (good[:-1], "total_bytes"),
-        ([*good, good[-1]], "total_bytes"),
-        (chunks_of(expert(8), total_bytes=size + 1), "total_bytes"),
-        (chunks_of(expert(8), crc32=1), "crc32"),
-        ([not_safetensors], "safetensors"),
+    for chunks, kind, reason in (
+        ([], CallError, "key"),
+        (headless, CallError, "key"),
+        (good[:-1], CallError, "total_bytes"),
+        ([*good, good[-1]], CallError, "total_bytes"),
+        (chunks_of(expert(8), total_bytes=size + 1), CallError, "total_bytes"),
+        (chunks_of(expert(8), checksum=1), Corrupted, "checksum"),
+        ([not_safetensors], CallError, "safetensors"),
     ):
         error = put_error(address, chunks)
-        assert isinstance(error, CallError), error
+        assert isinstance(error, kind), error
         assert reason in str(error)
     assert not store.held
 
@@ -225,18 +227,21 @@ def test_a_damaged_answer(store: DictStore, monkeypatch: pytest.MonkeyPatch) -> 
     listener = GrpcListener(weights=store)
     real = weights._split
 
-    def flipped(key: WeightsKey, data: bytes) -> Iterator[WeightsChunk]:
+    def flipped(key: WeightsKey, data: np.ndarray) -> Iterator[WeightsChunk]:
         for chunk in real(key, data):
             chunk.data = chunk.data[:-1] + bytes([chunk.data[-1] ^ 1])
             yield chunk
 
-    def cut(key: WeightsKey, data: bytes) -> Iterator[WeightsChunk]:
+    def cut(key: WeightsKey, data: np.ndarray) -> Iterator[WeightsChunk]:
         (chunk,) = real(key, data)
         chunk.data = chunk.data[:-1]
         yield chunk
 
-    for broken, reason in ((flipped, "crc32"), (cut, "total_bytes")):
+    for broken, kind, reason in (
+        (flipped, Corrupted, "checksum"),
+        (cut, CallError, "total_bytes"),
+    ):
         monkeypatch.setattr(weights, "_split", broken)
-        with pytest.raises(CallError, match=reason):
+        with pytest.raises(kind, match=reason):
             get_weights(listener.address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
     listener.close()
