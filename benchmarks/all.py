@@ -20,6 +20,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     },
     "speed": {
         "transport": [],
+        "bulk": [],
         "layer": [],
         "decode": [],
         "decode-float32": ["--dtype", "float32"],

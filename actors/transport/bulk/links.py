@@ -25,7 +25,7 @@ from ....proto.keys import ClusterSecret, secret_of_process
 from ....proto.limits import BULK_IDLE_S, MAX_BULK_BYTES, MAX_KEPT_BYTES
 from ....proto.unix_peers import same_user
 from ....proto.wire import WIRE_VERSION
-from ..grpc.weights import get_weights, put_weights, to_wire, until_there_is_room
+from ..grpc.weights import get_weights, key_to_wire, put_weights, until_there_is_room
 from ..seqpacket import close_all
 from ..tensor_bytes import TensorBytes, tensors_in
 from .datagrams import BulkSocket, receive_file, send_file
@@ -197,32 +197,27 @@ class _Link:
     def get(self, wanted: BulkKey, left_s: float) -> np.ndarray:
         """Let the host write tensors; return their bytes (uint8), valid until the next request."""
         until = time.monotonic() + left_s
-        while True:
-            self._seq += 1
-            get = Bulk.Get(seq=self._seq, key=to_wire(wanted))
-            message = self._ask(Bulk(get=get), until)
-            if message.WhichOneof("kind") == "too_small":
-                self.sound = True
-                self._grow(message.too_small.total_bytes)
-                continue
-            first = self._written(message)
-            total, octets = first.total_bytes, self._octets()
-            if total > len(octets):
-                raise HostLost(f"{self.host}: it says that it has written {total} bytes")
-
-            def read(begin: int, end: int, digest: xxhash.xxh3_64) -> None:
-                digest.update(octets[begin:end].data)
-
-            receive_file(first, total, lambda: self._written(self._receive(until)), read)
+        while (message := self._ask(wanted, until)).WhichOneof("kind") == "too_small":
             self.sound = True
-            return octets[:total]
+            self._grow(message.too_small.total_bytes)
+        first = self._written(message)
+        total, octets = first.total_bytes, self._octets()
+        if total > len(octets):
+            raise HostLost(f"{self.host}: it says that it has written {total} bytes")
+
+        def read(begin: int, end: int, digest: xxhash.xxh3_64) -> None:
+            digest.update(octets[begin:end].data)
+
+        receive_file(first, total, lambda: self._written(self._receive(until)), read)
+        self.sound = True
+        return octets[:total]
 
     def put(self, given: BulkKey, file: TensorBytes, left_s: float) -> None:
         """Write tensors and let the host take a copy."""
         until = time.monotonic() + left_s
         self._seq += 1
         self._grow(file.nbytes)
-        put = Bulk.Put(seq=self._seq, key=to_wire(given), total_bytes=file.nbytes)
+        put = Bulk.Put(seq=self._seq, key=key_to_wire(given), total_bytes=file.nbytes)
         self._send(Bulk(put=put))
         with contextlib.suppress(HostLost):  # what the host has said before it ended comes first
             send_file(self._sock, self._seq, file, self._octets())
@@ -254,8 +249,9 @@ class _Link:
             self._memory.close()
         self._descriptor, self._memory = [descriptor], memory
 
-    def _ask(self, request: Bulk, until: float) -> Bulk:
-        self._send(request)
+    def _ask(self, wanted: BulkKey, until: float) -> Bulk:
+        self._seq += 1
+        self._send(Bulk(get=Bulk.Get(seq=self._seq, key=key_to_wire(wanted))))
         return self._receive(until)
 
     def _send(self, request: Bulk) -> None:

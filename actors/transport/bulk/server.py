@@ -45,7 +45,7 @@ from ....proto.limits import (
 from ....proto.unix_peers import same_user
 from ..base import check_version
 from ..budget import SharedLimit
-from ..grpc.weights import BulkStore, from_wire
+from ..grpc.weights import BulkStore, key_from_wire
 from ..seqpacket import close_all
 from ..tensor_bytes import TensorBytes, copy_out, new_memory, tensors_in
 from .datagrams import BulkSocket, receive_file, send_file
@@ -218,7 +218,8 @@ class _Connection:
             file = TensorBytes(tensors)
             if file.nbytes > MAX_BULK_BYTES:
                 raise CallError(
-                    f"key: its {file.nbytes} bytes are more than the {MAX_BULK_BYTES} of one transfer"
+                    f"key: its {file.nbytes} bytes are more than the {MAX_BULK_BYTES} of one "
+                    "transfer"
                 )
             if self._memory is None or len(self._memory.octets) < file.nbytes:
                 wanted = Bulk.TooSmall(seq=get.seq, total_bytes=file.nbytes)
@@ -261,7 +262,7 @@ class _Connection:
 
 
 def _key(wire: WeightsKey) -> BulkKey:
-    key = from_wire(wire)
+    key = key_from_wire(wire)
     if not isinstance(key, BulkKey):
         raise CallError("kind: only tensors of a training run travel on this path")
     return key

@@ -47,7 +47,9 @@ _KINDS: dict[Literal["weights", "gradient", "state"], WeightsKey.Kind] = {
     "gradient": WeightsKey.GRADIENT,
     "state": WeightsKey.STATE,
 }
-_KIND_OF = {wire: kind for kind, wire in _KINDS.items()}
+_KIND_OF: dict[int, Literal["weights", "gradient", "state"]] = {
+    wire: kind for kind, wire in _KINDS.items()
+}
 
 T = TypeVar("T")
 
@@ -117,7 +119,7 @@ def put_weights(
 
     Raises what the host's store raises, Unauthenticated, Expired, and HostLost if the host is lost.
     """
-    named = to_wire(given)
+    named = key_to_wire(given)
     data = _save(tensors)
     shown = [] if grant is None else [(_TERM, str(grant.term)), (_GRANT, grant.proof)]
 
@@ -146,7 +148,7 @@ def get_weights(
 
     def get(left_s: float) -> np.ndarray:
         with _stub(address, proof) as stub:
-            chunks = stub.Get(to_wire(wanted), timeout=left_s)
+            chunks = stub.Get(key_to_wire(wanted), timeout=left_s)
             return _join(_head(chunks), chunks, max_bytes)
 
     return tensors_in(until_there_is_room(get, timeout_s))
@@ -199,7 +201,7 @@ class Weights(WeightsServicer):
         with aborting(context), self._puts.holding(), self._room() as room:
             with self._stalls.watching(context.cancel) as progress:
                 head = _head(request_iterator)
-                given = from_wire(head.key)
+                given = key_from_wire(head.key)
                 if isinstance(given, ExpertVersion):
                     self._store.check_grant(given, _shown(context))
                 most = self._most_bytes(given)
@@ -214,7 +216,7 @@ class Weights(WeightsServicer):
         self, request: WeightsKey, context: grpc.ServicerContext
     ) -> Iterator[WeightsChunk]:
         with aborting(context), self._gets.holding(), self._room() as room:
-            wanted = from_wire(request)
+            wanted = key_from_wire(request)
             room.take(self._most_bytes(wanted))
             if isinstance(wanted, ExpertVersion):
                 data = _save(self._store.get(wanted))
@@ -253,7 +255,7 @@ class Weights(WeightsServicer):
             share.close()
 
 
-def to_wire(key: ExpertVersion | BulkKey) -> WeightsKey:
+def key_to_wire(key: ExpertVersion | BulkKey) -> WeightsKey:
     """Return the message that names tensors."""
     (model, layer, expert), version = key.key, key.version
     wire = WeightsKey(model=model, layer=layer, expert=expert, version=version)
@@ -265,7 +267,7 @@ def to_wire(key: ExpertVersion | BulkKey) -> WeightsKey:
     return wire
 
 
-def from_wire(wire: WeightsKey) -> ExpertVersion | BulkKey:
+def key_from_wire(wire: WeightsKey) -> ExpertVersion | BulkKey:
     """Return the key that a message names. Raises CallError for an unknown kind."""
     key = ExpertKey(wire.model, wire.layer, wire.expert)
     if wire.kind == WeightsKey.EXPERT:

@@ -11,6 +11,7 @@ import json
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,18 +22,19 @@ import xxhash
 from torch import Tensor
 
 from moesaic.actors.transport.bulk.datagrams import BulkSocket
+from moesaic.actors.transport.bulk.links import BulkLinks
 from moesaic.actors.transport.bulk.server import BulkServer
 from moesaic.actors.transport.bulk.shared import make_memory
 from moesaic.actors.transport.grpc.stream import GrpcListener
-from moesaic.actors.transport.grpc.weights import Weights, to_wire
+from moesaic.actors.transport.grpc.weights import Weights, key_to_wire
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.placement import HostEntry
 from moesaic.cluster.training.orders import BulkKey
-from moesaic.proto.errors import NotHere
+from moesaic.proto.errors import HostLost, NotHere
 from moesaic.proto.expert_pb2 import Bulk
 from moesaic.proto.keys import target
 from moesaic.proto.wire import WIRE_VERSION
-from tests.helpers.pool.transports import SECRET
+from tests.helpers.pool.transports import DEADLINE_S, SECRET, settles
 
 NODE = "here"
 MIB = 1 << 20
@@ -139,7 +141,7 @@ def raw_client(entry: HostEntry) -> Iterator[BulkSocket]:
 
 
 def put_of(total: int, seq: int = 1, key: BulkKey = ONE) -> Bulk:
-    return Bulk(put=Bulk.Put(seq=seq, key=to_wire(key), total_bytes=total))
+    return Bulk(put=Bulk.Put(seq=seq, key=key_to_wire(key), total_bytes=total))
 
 
 def written(end: int, total: int, octets: np.ndarray | None = None, seq: int = 1) -> Bulk:
@@ -147,6 +149,42 @@ def written(end: int, total: int, octets: np.ndarray | None = None, seq: int = 1
     checksum = 0 if octets is None else xxhash.xxh3_64_intdigest(octets.data, seq)
     message = Bulk.Written(seq=seq, bytes=end, total_bytes=total, checksum=checksum)
     return Bulk(written=message)
+
+
+def answer(sock: BulkSocket) -> Bulk:
+    message, fds = sock.receive(time.monotonic() + DEADLINE_S)
+    assert not fds
+    return message
+
+
+def refusal(sock: BulkSocket) -> tuple[str, str]:
+    message = answer(sock)
+    assert message.HasField("refusal"), message
+    return message.refusal.code, message.refusal.message
+
+
+def lost(sock: BulkSocket) -> bool:
+    try:
+        return not answer(sock)
+    except HostLost:
+        return True
+
+
+def serves_others(host: BulkHost, links: BulkLinks) -> bool:
+    key, given = ONE._replace(version=2), torch.ones(1000)
+    links.put(host.entry, key, {"up": given}, timeout_s=DEADLINE_S)
+    with links.get(host.entry, key, timeout_s=DEADLINE_S) as tensors:
+        return torch.equal(tensors["up"], given)
+
+
+def nothing_held(host: BulkHost, connections: int = 0) -> bool:
+    return settles(
+        lambda: (
+            len(host.server._serving) == connections
+            and host.held_bytes() == 0
+            and host.store.readers == 0
+        )
+    )
 
 
 # ---- processes ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from moesaic.actors.transport.grpc import weights
 from moesaic.actors.transport.grpc.stream import GrpcListener
 from moesaic.actors.transport.grpc.weights import get_weights
 from moesaic.cluster.expert_keys import SHARED, ExpertKey, ExpertVersion, trunk_block
+from moesaic.cluster.placement import HostEntry
 from moesaic.cluster.training.contributions import Attempt
 from moesaic.cluster.training.orders import BulkKey
 from moesaic.proto.errors import (
@@ -97,9 +99,12 @@ def same(given: dict[str, Tensor], got: dict[str, Tensor]) -> bool:
     )
 
 
-def got(links: BulkLinks, host: BulkHost, key: BulkKey = ONE, timeout_s: float = DEADLINE_S) -> int:
+def got(
+    links: BulkLinks, host: BulkHost | HostEntry, key: BulkKey = ONE, timeout_s: float = DEADLINE_S
+) -> int:
     """The number of tensors that a get brings."""
-    with links.get(host.entry, key, timeout_s=timeout_s) as tensors:
+    entry = host.entry if isinstance(host, BulkHost) else host
+    with links.get(entry, key, timeout_s=timeout_s) as tensors:
         return len(tensors)
 
 
@@ -172,10 +177,12 @@ def test_several_at_once(host: BulkHost, links: BulkLinks) -> None:
 def test_a_get_inside_of_another(host: BulkHost, near: BulkLinks) -> None:
     two = ONE._replace(version=2)
     host.store.held = {ONE: {"a": torch.ones(10)}, two: {"a": torch.zeros(10)}}
-    with near.get(host.entry, ONE, timeout_s=DEADLINE_S) as first:
-        with near.get(host.entry, two, timeout_s=DEADLINE_S) as second:
-            assert (first["a"] == 1).all()
-            assert (second["a"] == 0).all()
+    with (
+        near.get(host.entry, ONE, timeout_s=DEADLINE_S) as first,
+        near.get(host.entry, two, timeout_s=DEADLINE_S) as second,
+    ):
+        assert (first["a"] == 1).all()
+        assert (second["a"] == 0).all()
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -198,7 +205,7 @@ def test_the_stores_errors_arrive(
         lambda: got(links, host),
         lambda: links.put(host.entry, ONE, TENSORS["several pieces"], timeout_s=DEADLINE_S),
     ):
-        with pytest.raises(kind, match="host: .*the store says why|127.*the store says why"):
+        with pytest.raises(kind, match=r"host: .*the store says why|127.*the store says why"):
             transfer()
     host.store.on_read = host.store.on_put = lambda _: None
     links.put(host.entry, ONE, TENSORS["dtypes"], timeout_s=DEADLINE_S)
@@ -237,7 +244,7 @@ def test_what_the_host_does_not_know_or_want(host: BulkHost, links: BulkLinks) -
         other = ONE._replace(key=EXPERT._replace(model="other"))
         links.put(host.entry, other, given, timeout_s=DEADLINE_S)
     host.store.most = 1 * MIB
-    with pytest.raises(CallError, match="total_bytes: 2.* at most 1048576"):
+    with pytest.raises(CallError, match=r"total_bytes: 2.* at most 1048576"):
         links.put(host.entry, ONE, large, timeout_s=DEADLINE_S)
     with pytest.raises(CallError, match="z: "):
         links.put(
@@ -265,8 +272,7 @@ def test_a_wrong_proof(host: BulkHost, links: BulkLinks) -> None:
         with pytest.raises(Unauthenticated, match="proof"):
             one.put(entry, KEYS["state"], TENSORS["dtypes"], timeout_s=DEADLINE_S)
         with pytest.raises(Unauthenticated, match="proof"):
-            with one.get(entry, ONE, timeout_s=DEADLINE_S):
-                pass
+            got(one, entry)
     assert list(host.store.held) == [ONE]
     stranger.close()
     assert settles(lambda: not host.server._serving)
@@ -386,15 +392,15 @@ def test_little_memory_is_kept(
         for n in (1, 3)
     }
     small, large = host.store.held
-    with near.get(host.entry, small, timeout_s=DEADLINE_S):
-        with near.get(host.entry, small, timeout_s=DEADLINE_S):
-            with near.get(host.entry, small, timeout_s=DEADLINE_S):
-                pass
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(near.get(host.entry, small, timeout_s=DEADLINE_S))
     assert [link.nbytes for link in near._idle] == [MIB, MIB]
     assert settles(lambda: shared_memories() == 4)
-    with near.get(host.entry, small, timeout_s=DEADLINE_S):
-        with near.get(host.entry, small, timeout_s=DEADLINE_S):
-            assert got(near, host, large) == 1
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(near.get(host.entry, small, timeout_s=DEADLINE_S))
+        assert got(near, host, large) == 1
     assert [link.nbytes for link in near._idle] == [MIB, MIB]
     assert settles(lambda: len(host.server._serving) == 2)
 

@@ -52,8 +52,10 @@ cluster/comparison                  cluster cluster/load cluster/planner cluster
 
 actors/text                         proto
 actors/runtime                      proto cluster cluster/planner cluster/routing cluster/spec
-actors/transport                    proto
-actors/transport/grpc               proto cluster actors/transport
+actors/transport                    proto models/folder
+actors/transport/grpc               proto cluster cluster/training actors/transport
+actors/transport/bulk               proto kernels/slabs cluster cluster/training actors/transport
+                                    actors/transport/grpc
 actors/engine                       proto cluster cluster/reports cluster/routing cluster/spec
                                     actors/text
 actors/engine/transformers_backend  proto cluster/routing actors/engine
