@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...cluster.expert_keys import TRUNK, ExpertKey
+from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey
 from ...cluster.training.contributions import Attempt
 from ...cluster.training.orders import BulkKey, GroupUpdate, OpenRun
 from ...kernels.backward.accumulators import GradientAccumulators
 from ...kernels.ffn import wide_dtype
 from ...kernels.training.owned_tensors import OwnedTensors
 from ...kernels.training.update_rules import UpdateRule
-from ...proto.errors import BadInput, Busy, CallError, NotHere
+from ...proto.errors import BadInput, Busy, CallError, NotHere, UnsupportedModel
 from ...proto.limits import MAX_BLOCK_BYTES, MAX_PUT_BYTES
 from .weight_store import ExpertStore
 
@@ -88,7 +88,7 @@ class RunTensors:
 
         Raises BadInput for those that cannot be trained, or are not the model's.
         """
-        self.check_model(key)
+        self.check_key(key)
         if lost := groups.keys() - weights.keys():
             raise BadInput(f"{key}: {sorted(lost)} cannot be trained: there are {sorted(weights)}")
         trained = {name: weights[name] for name in groups}
@@ -109,7 +109,7 @@ class RunTensors:
         A state does not say which type the model has. An expert's is known; a block of the trunk
         is answered in the wide type, and rounded where it is copied. Raises BadInput.
         """
-        self.check_model(key)
+        self.check_key(key)
         kept = {entry: t for entry, t in state.items() if entry.rpartition(".")[0] in groups}
         masters = {name: kept[e] for name in groups if (e := f"{name}.master") in kept}
         if key.layer == TRUNK:
@@ -212,8 +212,12 @@ class RunTensors:
 
     # ---- other processes ------------------------------------------------------------------------
 
-    def check_model(self, key: ExpertKey) -> None:
-        """Raise CallError for a key of another model."""
+    def check_key(self, key: ExpertKey) -> None:
+        """Raise CallError for a key of another model, and UnsupportedModel for shared tensors."""
+        if key.expert == SHARED and key.layer != TRUNK:
+            raise UnsupportedModel(
+                f"{key} cannot be trained yet, such as a norm behind experts; freeze them"
+            )
         if key.model != self.opened.model:
             raise CallError(f"{key}: run {self.opened.run} trains {self.opened.model!r}")
 
@@ -260,7 +264,7 @@ class RunTensors:
 
     def most_bytes(self, key: BulkKey) -> int:
         """Return the largest size of what may be put or read. Raises NotHere and CallError."""
-        self.check_model(key.key)
+        self.check_key(key.key)
         forms = self._forms(key.key)
         if forms is None:
             if key.kind == "gradient":

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey, ExpertVersion
+from ...cluster.expert_keys import TRUNK, ExpertKey, ExpertVersion
 from ...cluster.host.residency import Residency
 from ...cluster.placement import HostEntry
 from ...cluster.training.contributions import Attempt
@@ -38,15 +38,7 @@ from ...cluster.training.orders import (
     Renew,
     RunId,
 )
-from ...proto.errors import (
-    BadInput,
-    Busy,
-    CallError,
-    MoesaicError,
-    NotHere,
-    Superseded,
-    UnsupportedModel,
-)
+from ...proto.errors import BadInput, Busy, CallError, MoesaicError, NotHere, Superseded
 from .gradients import HostGradients
 from .run_tensors import RunTensors, check_shape
 from .weight_store import ExpertStore, ServedWeights
@@ -189,11 +181,7 @@ class HostTraining:
     def _own(self, order: Own) -> None:
         run = self._run_of(order.run)
         for key, new in order.keys.items():
-            run.check_model(key)
-            if key.expert == SHARED and key.layer != TRUNK:
-                raise UnsupportedModel(
-                    f"{key} cannot be trained yet, such as a norm behind experts; freeze them"
-                )
+            run.check_key(key)
             if not run.owns(key, new.groups):
                 self._become_owner(run, key, new, order.version)
 
@@ -294,7 +282,7 @@ class HostTraining:
         done, due = self._renewed[1], list[ExpertVersion]()  # with the version that is held now
         failures: list[MoesaicError] = []  # of some, whereas all others are renewed
         for key in [key for key in order.owners if key not in done]:
-            run.check_model(key)
+            run.check_key(key)
             if held := [v for v in self._residency.versions(key) if v <= order.version]:
                 due.append(ExpertVersion(key, max(held)))
             else:

@@ -413,6 +413,8 @@ def test_what_may_be_put(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         refused(BulkKey("weights", new, run=RUN + 1), zeros, NotHere, "run 2 is not the one")
         refused(BulkKey("weights", new._replace(model="n"), run=RUN), {}, CallError, "trains 'm'")
         refused(BulkKey("state", expert._replace(expert=99), run=RUN), {}, CallError, "expert: 99")
+        shared = BulkKey("weights", expert._replace(expert=SHARED), run=RUN)
+        refused(shared, {}, UnsupportedModel, "cannot be trained yet")
         huge = {"up": torch.zeros(1 << 20)}
         for kind in ("weights", "state"):
             refused(BulkKey(kind, expert, run=RUN), huge, CallError, "bytes; it can have")
