@@ -55,11 +55,14 @@ class Loader:
         self._not_before.pop(host, None)
 
     def failed(self, host: str, weights: Sequence[ExpertVersion], now: float) -> list[ExpertKey]:
-        """Take note of a load that failed; return its replicas that had failed before."""
+        """Take note of a load that failed; return its replicas that had failed before.
+
+        A version that is not served any more does not count: its source may have evicted it.
+        """
         self._not_before[host] = now + self._retry_s
         again = []
-        for key, _ in weights:
-            if not self._view.holds(host, key):
+        for key, version in weights:
+            if version == self._view.versions.of(key) and not self._view.holds(host, key):
                 self._failures[key] = self._failures.get(key, 0) + 1
                 if self._failures[key] >= 2:
                     again.append(key)

@@ -114,7 +114,7 @@ class ControlWorld:
         self.control.set_constraints(self.constraints)
         self.updates = {}
         if self.kept_updates is not None:
-            self.control.updates.restore(json.loads(self.kept_updates))
+            self.control.restore(json.loads(self.kept_updates))
         for shape, on_disk in self.models:
             if on_disk:
                 self.control.add_model(shape, on_disk=True)
@@ -200,7 +200,7 @@ class ControlWorld:
             del self.updates[model]
 
     def keep_updates(self) -> None:
-        self.kept_updates = json.dumps(self.control.updates.snapshot())
+        self.kept_updates = json.dumps(self.control.snapshot())
 
     def fail_load(self, name: str, also: list[ExpertVersion] | None = None) -> None:
         host = self.hosts[name]
