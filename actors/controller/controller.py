@@ -377,8 +377,12 @@ class Controller:
                     except ValueError as error:
                         # This model is left out; the others are served.
                         self._hosts.errors[report.entry.host] = str(error)
-        commands = self._control.tick(observed, self._clock())
+        now = self._clock()
+        published = self._control.note(observed, now)
         self._training.ticked()  # it stores what is served, before any router hears of it
+        if published:
+            await self._notify()
+        commands = self._control.decide(observed, now)
         for host in self._sizing.tick(self._clock()):
             self._polling.forget(host)
             self._hosts.forget(host)
@@ -390,8 +394,13 @@ class Controller:
                 case MakePlan():
                     self._planning = asyncio.get_running_loop().create_task(self._plan(command))
                 case Publish():
-                    async with self._published:
-                        self._published.notify_all()
+                    await self._notify()
+
+    async def _notify(self) -> None:
+        """Answer the routers that wait for a newer placement."""
+        async with self._published:
+            self._published.notify_all()
+        await asyncio.sleep(0)  # they are told before the rest of the tick is decided
 
     async def _observe(self, host: str, wait_s: float) -> PollResult:
         """Ask a host for its report; the host waits up to ``wait_s`` for something new."""

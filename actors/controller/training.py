@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 
 from ...cluster.control.control import Control
 from ...cluster.control.operations import check_model
-from ...cluster.expert_keys import ExpertVersion
+from ...cluster.expert_keys import FIRST_VERSION, ExpertVersion
 from ...cluster.placement import ModelRef, ModelShape, PlacementId
 from ...cluster.reports.status import TrainingStatus
-from ...cluster.training.runs import RUN_LEASE_S, BegunTraining, TrainingNews
+from ...cluster.training.runs import RUN_LEASE_S, BegunTraining, Publication, TrainingNews
 from ...proto.errors import ClusterError
-
-log = logging.getLogger(__name__)
 
 # How long a model that was asleep may take to be placed again.
 WAKE_S = 60.0
@@ -122,14 +119,14 @@ class Training:
         """
         now = self._clock()
         asked = self._control.training.publish(run, version, until=now + timeout_s, now=now)
-        while asked.under_way and self._clock() < asked.until + _GRACE_S:
+        while not self._is_over(asked) and self._clock() < asked.until + _GRACE_S:
             self._hurry()
             try:
                 await asyncio.wait_for(self._ticked.wait(), _LOOK_S)
             except TimeoutError:
                 continue  # a tick takes long while a host does not answer
         placement = self._control.placement
-        if asked.served and placement is not None:
+        if self._is_over(asked) and not asked.error and placement is not None:
             return placement.id
         raise ClusterError(
             asked.error or f"version {version}: the controller's loop stands still; see `status`"
@@ -160,10 +157,17 @@ class Training:
             model=alive.model,
             initiator=alive.who,
             age_s=round(max(0.0, self._unix_clock() - alive.began_at), 1),
-            version=self._control.view.versions.models.get(alive.model, 1),
+            version=self._control.view.versions.models.get(alive.model, FIRST_VERSION),
             steps=alive.steps,
             owned_tensors={host: one.owned for host, one in sorted(seen.items()) if one.owned},
         )
+
+    def _is_over(self, asked: Publication) -> bool:
+        """Return whether a placement names the version, or none will."""
+        placement = self._control.placement
+        if not asked.served or placement is None:
+            return bool(asked.error)
+        return placement.versions.models.get(asked.model, FIRST_VERSION) >= asked.version
 
     def _keep(self) -> None:
         now = self._control.training.snapshot()

@@ -191,7 +191,7 @@ class Control:
     def missing(self) -> dict[ExpertKey, str]:
         """Return the experts that no host holds now, and why."""
         missing = [key for key in every_expert(self._awake()) if not self.view.holders(key)]
-        return {key: self._why_missing(self.view.versions.served(key)) for key in missing}
+        return {key: self.loader.why_missing(self.view.versions.served(key)) for key in missing}
 
     def lost(self, weights: Iterable[ExpertVersion]) -> list[ExpertVersion]:
         """Return those of ``weights`` that are in no file and on no host any more."""
@@ -215,23 +215,11 @@ class Control:
         return [one for one in self.updated(model) if one not in self.loader.saved]
 
     def _saved_models(self) -> set[str]:
-        """Return the models whose weights are all in files and stay as they are for now."""
+        """Return those that may sleep whose weights are all in files and stay as they are."""
         run, updating = self.training.alive, {key.model for key in self.updates.arriving()}
-        busy = updating | ({run.model} if run is not None else set())
-        return {
-            name
-            for name, shape in self.models.items()
-            if name in self.loader.on_disk - busy
-            # Only a model that may sleep is looked at expert by expert.
-            and (shape.idle_s is None or not self.volatile(name))
-        }
-
-    def _why_missing(self, weights: ExpertVersion) -> str:
-        if self.loader.is_on_disk(weights):
-            return "loading"
-        if weights.version == FIRST_VERSION:
-            return "lost: its model was attached from memory, and no file has its weights"
-        return f"lost: only hosts' memory had version {weights.version}"
+        steady = self.loader.on_disk - updating - ({run.model} if run is not None else set())
+        may = [shape.model for shape in self.models.values() if shape.idle_s is not None]
+        return {name for name in may if name in steady and not self.volatile(name)}
 
     def is_free(self, host: str, now: float) -> bool:
         """Return whether a retired host holds nothing, gets nothing, and no router uses it."""
@@ -294,13 +282,25 @@ class Control:
         not answer in time, and its last report stays valid: routers detect by themselves that it
         does not answer.
         """
-        # Step 1: take note of the hosts that are alive, and of the load.
+        return self.note(reports, now) + self.decide(reports, now)
+
+    def note(self, reports: Mapping[str, Observation | None], now: float) -> list[ControlCommand]:
+        """Do the first part of a round, which takes no time even in a large pool.
+
+        It publishes the version that a training run waits for, if its replicas have it.
+        """
         self._now = now
         self.view.note(reports, now)
+        placed = {} if self.placement is None else self.placement.layers
+        served = self.training.advance(placed, now)
+        placement = self.publisher.renumber() if served is not None and served.whole else None
+        return [] if placement is None else [Publish(placement=placement)]
+
+    def decide(self, reports: Mapping[str, Observation | None], now: float) -> list[ControlCommand]:
+        """Do the second part of a round, with the reports of the first."""
+        # Step 1: take note of the load, and of what its time has come for.
         self.loads.advance(now)
         self.updates.advance(now)
-        placed = {} if self.placement is None else self.placement.layers
-        self.training.advance(placed, now)
         self.idle_models.advance(
             self.models.values(),
             saved=self._saved_models(),

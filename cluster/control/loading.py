@@ -107,6 +107,14 @@ class Loader:
         first = weights.version == FIRST_VERSION
         return weights.key.model in self.on_disk if first else weights in self.saved
 
+    def why_missing(self, weights: ExpertVersion) -> str:
+        """Return why no host holds this version of an expert."""
+        if self.is_on_disk(weights):
+            return "loading"
+        if weights.version == FIRST_VERSION:
+            return "lost: its model was attached from memory, and no file has its weights"
+        return f"lost: only hosts' memory had version {weights.version}"
+
     def lacking(self, host: str, wanted: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return the ``wanted`` experts that ``host`` lacks and can still get.
 

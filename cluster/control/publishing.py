@@ -115,6 +115,19 @@ class Publisher:
         self._told.update(dict.fromkeys(hosts, self.placement_id))
         return self.placement
 
+    def renumber(self) -> Placement | None:
+        """Publish the served versions alone; None if hosts have changed, too.
+
+        Every replica that the placement names must hold them.
+        """
+        last = self.placement
+        if last is None or last.hosts != self._view.entries():
+            return None
+        self.placement_id = PlacementId(self.placement_id.term, self.placement_id.epoch + 1)
+        self.placement = replace(last, id=self.placement_id, versions=self._view.versions)
+        self._told.update(dict.fromkeys(last.hosts, self.placement_id))
+        return self.placement
+
     def evictable(
         self,
         target: TargetLayers,

@@ -80,7 +80,7 @@ class LivingRun:
     steps: int = 0  # versions of it that were published
 
     def __str__(self) -> str:
-        return f"run {self.run} of {self.who}, which trains {self.model}"
+        return f"run {self.run} ({self.who}) that trains {self.model}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +91,7 @@ class Publication:
     version: int
     until: float
     served: bool = False
+    whole: bool = False  # whether each replica in the placement has it
     error: str = ""
 
     @property
@@ -133,7 +134,7 @@ class TrainingRuns:
         """
         if self.alive is not None:
             raise ClusterError(
-                f"model {model!r}: {self.alive} trains already, since "
+                f"model {model!r}: {self.alive} lives, since "
                 f"{max(0.0, unix_s - self.alive.began_at):.0f} s; one run trains at a time, so end "
                 f"it, or wait {RUN_LEASE_S:g} s after its process has ended"
             )
@@ -210,17 +211,35 @@ class TrainingRuns:
         self._publication = Publication(model=found.model, version=version, until=until)
         return self._publication
 
-    def advance(self, layers: Mapping[LayerKey, LayerPlacement], now: float) -> None:
+    def advance(self, layers: Mapping[LayerKey, LayerPlacement], now: float) -> Publication | None:
         """End the run if its lease is over, and serve the version that is to be served.
 
-        ``layers`` are published.
+        ``layers`` are published. Return what is served from now on.
         """
         self._listened_s, self._looked = self._listened(now), now
         if self.alive is not None and self._listened_s - self._heard_s >= RUN_LEASE_S:
             self._end(f"nothing was heard of it for {RUN_LEASE_S:g} s", expired=True)
-        asked = self._publication
-        if asked is not None and (now >= asked.until or self._is_everywhere(asked, layers)):
-            self._close(asked, layers)
+        asked, run = self._publication, self.alive
+        if asked is None or run is None:
+            return None
+        placed = {key: layer for key, layer in layers.items() if key.model == asked.model}
+        asked.whole, lagging, nowhere = self._spread(asked.version, placed)
+        missing = self._missing(asked.version, nowhere)
+        if (lagging or missing or not placed) and now < asked.until:
+            return None
+        self._publication = None
+        if missing or not placed:
+            what = f"no host has it of {missing[0]}" if missing else "the model is not placed"
+            asked.error = (
+                f"version {asked.version} of {asked.model}: {what} at the deadline, so the version "
+                f"before stays ({len(missing)} experts lack it)"
+            )
+            return None
+        self._pool.serve(self._pool.versions.trained(asked.model, asked.version))
+        run.steps += 1
+        run.next_version = self._updates.reserve(asked.model)
+        asked.served = True
+        return asked
 
     # ---- queries --------------------------------------------------------------------------------
 
@@ -296,52 +315,35 @@ class TrainingRuns:
         passed_s = 0.0 if self._looked is None else now - self._looked
         return self._listened_s + min(passed_s, RUN_LEASE_S / 3)
 
-    def _is_everywhere(self, asked: Publication, layers: Mapping[LayerKey, LayerPlacement]) -> bool:
-        """Return whether each replica that is served has the version, and each expert has one."""
+    def _spread(
+        self, version: int, placed: Mapping[LayerKey, LayerPlacement]
+    ) -> tuple[bool, bool, list[ExpertKey]]:
+        """Return how far a version has come.
+
+        That is whether all replicas have it, whether some that are served lack it, and the experts
+        of which none has it.
+        """
         seen, served = self._pool.observations, self._pool.versions
-        placed = [(key, layer) for key, layer in layers.items() if key.model == asked.model]
-        for key, layer in placed:
+        whole, lagging, nowhere = True, False, []
+        for key, layer in placed.items():
+            held = {host: one.holdings.get(key, {}) for host, one in seen.items()}
             for expert, replicas in enumerate(layer.replicas):
-                old = served.of(key.expert(expert))
-                for replica in replicas:
-                    there = seen[replica.host].holdings if replica.host in seen else {}
-                    versions = there.get(key, {}).get(expert, ())
-                    if old in versions and asked.version not in versions:
-                        return False
-        return bool(placed) and not self._missing(asked, layers)
+                there = [held.get(replica.host, {}).get(expert, ()) for replica in replicas]
+                without = [versions for versions in there if version not in versions]
+                if without:
+                    whole = False
+                    lagging |= any(served.of(key.expert(expert)) in one for one in without)
+                if len(without) == len(there):
+                    nowhere.append(key.expert(expert))
+        return whole and not nowhere, lagging, nowhere
 
-    def _missing(
-        self, asked: Publication, layers: Mapping[LayerKey, LayerPlacement]
-    ) -> list[ExpertKey]:
-        """Return the experts of which no host has the version."""
-        held = {
-            layer.expert(expert)
-            for seen in self._pool.observations.values()
-            for layer, experts in seen.holdings.items()
-            if layer.model == asked.model
-            for expert, versions in experts.items()
-            if asked.version in versions
-        }
+    def _missing(self, version: int, nowhere: list[ExpertKey]) -> list[ExpertKey]:
+        """Return those of ``nowhere`` that no other host holds, either."""
         return [
-            key.expert(expert)
-            for key, layer in layers.items()
-            if key.model == asked.model
-            for expert in range(len(layer.replicas))
-            if key.expert(expert) not in held
-        ]
-
-    def _close(self, asked: Publication, layers: Mapping[LayerKey, LayerPlacement]) -> None:
-        assert self.alive is not None
-        self._publication = None
-        missing = self._missing(asked, layers)
-        if missing or not any(key.model == asked.model for key in layers):
-            what = f"no host has it of {missing[0]}" if missing else "the model is not placed"
-            asked.error = (
-                f"version {asked.version} of {asked.model}: {what} at the deadline, so the version "
-                f"before stays ({len(missing)} experts lack it)"
+            key
+            for key in nowhere
+            if not any(
+                version in seen.holdings.get(LayerKey(key.model, key.layer), {}).get(key.expert, ())
+                for seen in self._pool.observations.values()
             )
-            return
-        self._pool.serve(self._pool.versions.trained(asked.model, asked.version))
-        self.alive.steps += 1
-        self.alive.next_version = self._updates.reserve(asked.model)
-        asked.served = True
+        ]
