@@ -165,9 +165,9 @@ class Training:
     def _is_over(self, asked: Publication) -> bool:
         """Return whether a placement names the version, or none will."""
         placement = self._control.placement
-        if not asked.served or placement is None:
-            return bool(asked.error)
-        return placement.versions.models.get(asked.model, FIRST_VERSION) >= asked.version
+        if asked.under_way or placement is None:
+            return False
+        return bool(asked.error) or placement.versions.models.get(asked.model, FIRST_VERSION) >= asked.version
 
     def _keep(self) -> None:
         now = self._control.training.snapshot()
