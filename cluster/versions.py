@@ -63,6 +63,18 @@ class WeightVersions:
             {k: v for k, v in merged.items() if v != self.models.get(k.model, FIRST_VERSION)},
         )
 
+    def only(self, model: str) -> WeightVersions:
+        """Return the versions of one model's experts."""
+        return WeightVersions(
+            {name: version for name, version in self.models.items() if name == model},
+            {key: version for key, version in self.experts.items() if key.model == model},
+        )
+
+    def trained(self, model: str, version: int) -> WeightVersions:
+        """Return these versions, with one number for all experts of a model."""
+        others = {k: v for k, v in self.experts.items() if k.model != model}
+        return WeightVersions({**self.models, model: version}, others)
+
     @cached_property
     def _others(self) -> dict[LayerKey, dict[int, int]]:
         found: dict[LayerKey, dict[int, int]] = {}

@@ -64,6 +64,7 @@ class WeightUpdates:
     def __init__(self, view: Holdings, saved: set[ExpertVersion]) -> None:
         """Start without updates; ``saved`` has the versions that hosts can read from a file."""
         self.past: list[WeightUpdate] = []  # served, the oldest first
+        self.trained_by: dict[str, int] = {}  # model -> the run that trains it, if one does
         self._view = view
         self._saved = saved
         self._numbers: dict[str, int] = {}  # the last number of each model
@@ -76,7 +77,7 @@ class WeightUpdates:
     ) -> WeightUpdate:
         """Begin an update of these experts, which is abandoned at ``until`` if it is not served.
 
-        Raises ValueError while another update of the model is under way.
+        Raises ValueError while another update of the model is under way, or a run trains it.
         """
         number = self._next(model)
         return self._start(
@@ -93,7 +94,8 @@ class WeightUpdates:
     def begin_revert(self, model: str, *, who: str, until: float) -> WeightUpdate:
         """Begin to go back to the versions before the last update that is still in effect.
 
-        Raises ValueError if there is none, and while another update of the model is under way.
+        Raises ValueError if there is none, and while another update of the model is under way, or a
+        run trains it.
         """
         last = self.last(model)
         if last is None:
@@ -162,6 +164,11 @@ class WeightUpdates:
             if now >= until:
                 self.abandon(update)
 
+    def reserve(self, model: str) -> int:
+        """Return the next number of a model; it is not given out again."""
+        self._numbers[model] = self._numbers.get(model, FIRST_VERSION) + 1
+        return self._numbers[model]
+
     # ---- queries --------------------------------------------------------------------------------
 
     def last_number(self, model: str) -> int | None:
@@ -170,12 +177,19 @@ class WeightUpdates:
         return mine[-1] if mine else None
 
     def last(self, model: str) -> WeightUpdate | None:
-        """Return the newest update of a model that was not taken back, or None."""
+        """Return the newest update of a model that was not taken back, or None.
+
+        Those before the last training step are in effect no more.
+        """
+        trained = self._view.versions.models.get(model, FIRST_VERSION)
         taken_back = {update.reverts for update in self.past if update.model == model}
         left = [
             update
             for update in self.past
-            if update.model == model and update.reverts is None and update.number not in taken_back
+            if update.model == model
+            and update.reverts is None
+            and update.number not in taken_back
+            and update.number > trained
         ]
         return left[-1] if left else None
 
@@ -187,14 +201,9 @@ class WeightUpdates:
             for key, version in update.versions.items()
         }
 
-    def updated(self, model: str) -> list[ExpertVersion]:
-        """Return what is served of the experts that have not the checkpoint's weights."""
-        served = self._view.versions.experts.items()
-        return [ExpertVersion(key, version) for key, version in served if key.model == model]
-
-    def volatile(self, model: str) -> list[ExpertVersion]:
-        """Return those of the updated ones that no file has."""
-        return [one for one in self.updated(model) if one not in self._saved]
+    def is_updating(self, model: str) -> bool:
+        """Return whether an update of a model is under way."""
+        return model in self._arriving
 
     def missing(self, update: WeightUpdate) -> list[ExpertVersion]:
         """Return what no host holds yet of an update."""
@@ -254,9 +263,13 @@ class WeightUpdates:
             raise ValueError(
                 f"models.{model}: update {number} is under way; try again when it ends"
             )
+        if model in self.trained_by:
+            raise ValueError(
+                f"models.{model}: run {self.trained_by[model]} trains it, and only that run may "
+                "change its weights; end the run first"
+            )
         # A number is used once, also by an update that is abandoned: hosts may have its weights.
-        self._numbers[model] = self._numbers.get(model, FIRST_VERSION) + 1
-        return self._numbers[model]
+        return self.reserve(model)
 
     def _check(self, update: WeightUpdate, *, in_file: bool) -> None:
         if not self.is_under_way(update):

@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from ...cluster.control.commands import Evict, MakePlan, Publish
+from ...cluster.control.commands import EndRun, Evict, MakePlan, Publish
 from ...cluster.control.control import Control
 from ...cluster.control.host_speed import Work
 from ...cluster.control.loading import LoadExperts
@@ -26,7 +24,7 @@ from ...cluster.control.watchdog import Watchdog
 from ...cluster.expert_keys import ExpertKey, first_versions
 from ...cluster.load.meter import LoadReport
 from ...cluster.load.trace import LoadTotals
-from ...cluster.placement import ModelRef, ModelShape, PlacementNews
+from ...cluster.placement import ModelRef, ModelShape, PlacementId, PlacementNews
 from ...cluster.planner.plan import FleetGroup
 from ...cluster.reports.activity import Activity, ExpertReport
 from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
@@ -35,8 +33,9 @@ from ...cluster.reports.status import ClusterStatus
 from ...cluster.reports.updates import WeightUpdateReport
 from ...cluster.scaling.fleet import Fleet
 from ...cluster.spec.parts import AutoscaleSpec
+from ...cluster.training.runs import BegunTraining, TrainingNews
 from ...cluster.update_folder import UpdateFolder
-from ...proto.errors import CheckpointError, ClusterError, MoesaicError, Superseded, describe_error
+from ...proto.errors import CheckpointError, ClusterError, describe_error
 from ..host.report import HostReport
 from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert, grant_all
 from ..router_service.service_actor import ServiceWatch
@@ -53,20 +52,22 @@ from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of
 from .events import Events
 from .host_actors import HostActors
+from .host_orders import HostOrders
 from .host_polling import HostPolling, PollResult
 from .operations import Operations
 from .overview import LoopState, Overview
 from .sizing import Sizing
+from .training import Training
 from .weight_updating import WeightUpdating
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.2
+# The shortest time between two ticks, while somebody waits for what the next one finds.
+HURRIED_TICK_S = 0.02
 # The longest time between two ticks while nothing happens.
 QUIET_TICK_S = 1.0
 REPORT_TIMEOUT_S = 2.0
-# Time limit for one load command. A host that hangs is asked again, and `status` shows the error.
-LOAD_TIMEOUT_S = 600.0
 SETTLE_S = 60.0
 # A tick that takes longer is worth a warning; late hosts alone hold one up for less.
 SLOW_TICK_S = 2 * REPORT_TIMEOUT_S
@@ -90,6 +91,7 @@ class Controller:
         self._namespace = namespace
         self._clock = clock
         self._wake = asyncio.Event()  # set when the loop should tick soon
+        self._hurried = asyncio.Event()  # set when it should tick at once
         self._term = claim_term(namespace)
         fleet = Fleet(
             groups, autoscale.policy, pending_s=autoscale.pending_s, kept=stored_fleet(namespace)
@@ -101,16 +103,21 @@ class Controller:
         updates = stored_updates(namespace, self._term)
         self._follows_another = updates is not None
         if updates is not None:
-            self._control.updates.restore(updates)
+            self._control.restore(updates)
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in models:
             self._adopt(ref, shape)
-        store_updates(namespace, self._term, self._control.updates.snapshot())
+        store_updates(namespace, self._term, self._control.snapshot())
         self._hosts = HostActors(namespace)
         self._polling = HostPolling(self._observe, self._wake.set, clock)
-        self._loads: dict[str, asyncio.Task[None]] = {}
-        self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
-        self._evictions: dict[str, int] = defaultdict(int)  # count of ended ones, by host
+        self._orders = HostOrders(
+            control=self._control,
+            hosts=self._hosts,
+            models=self._models,
+            term=self._term,
+            changed=self._polling.invalidate,
+            clock=clock,
+        )
         self._published = asyncio.Condition()
         self._state = LoopState()
         self._planning: asyncio.Task[None] | None = None
@@ -126,11 +133,20 @@ class Controller:
             wake=self._wake.set,
             clock=clock,
         )
+        self._training = Training(
+            control=self._control,
+            models=self._models,
+            store=self._updating.store,
+            evicting=self._orders.evicting,
+            hurry=self._hurry,
+            clock=clock,
+        )
         self._operations = Operations(self._control, namespace, self._wake.set, clock)
         self._overview = Overview(
             control=self._control,
             hosts=self._hosts,
             sizing=self._sizing,
+            training=self._training,
             watchdog=self._watchdog,
             service=None if router is None else ServiceWatch(namespace, *router, clock=clock),
             models=self._models,
@@ -273,6 +289,20 @@ class Controller:
     async def locate_expert(self, key: ExpertKey) -> LocatedExpert:
         return self._updating.locate(key)
 
+    # ---- training: see `Training` ---------------------------------------------------------------
+
+    async def begin_training(self, model: str, who: str) -> BegunTraining:
+        return await self._training.begin(model, who)
+
+    async def training_news(self, run: int) -> TrainingNews:
+        return self._training.news(run)
+
+    async def publish_training(self, run: int, version: int, timeout_s: float) -> PlacementId:
+        return await self._training.publish(run, version, timeout_s)
+
+    async def end_training(self, run: int) -> None:
+        self._training.end(run)
+
     # ---- the pool's size: see `Sizing` ----------------------------------------------------------
 
     async def desired(self, known: int | None, wait_s: float) -> tuple[int, dict[str, int]]:
@@ -317,10 +347,21 @@ class Controller:
                 log.exception("a tick of the controller's loop failed; the next one starts afresh")
             self._watchdog.ticked(self._clock(), failed=bool(self._state.tick_error))
             self._state.ticks += 1
-            await asyncio.sleep(TICK_S)
-            if self._polling.quiet and self._control.is_quiet(self._clock()):
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), QUIET_TICK_S - TICK_S)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Wait until the next tick is due."""
+        await asyncio.sleep(HURRIED_TICK_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._hurried.wait(), TICK_S - HURRIED_TICK_S)
+        if self._polling.quiet and self._control.is_quiet(self._clock()):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), QUIET_TICK_S - TICK_S)
+        self._hurried.clear()
+
+    def _hurry(self) -> None:
+        self._hurried.set()
+        self._wake.set()
 
     async def _tick(self) -> None:
         observed = await self._polling.round(self._control.view.hosts)
@@ -336,37 +377,45 @@ class Controller:
                     except ValueError as error:
                         # This model is left out; the others are served.
                         self._hosts.errors[report.entry.host] = str(error)
-        commands = self._control.tick(observed, self._clock())
+        now = self._clock()
+        published = self._control.note(observed, now)
+        self._training.ticked()  # it stores what is served, before any router hears of it
+        if published:
+            await self._notify()
+        commands = self._control.decide(observed, now)
         for host in self._sizing.tick(self._clock()):
             self._polling.forget(host)
             self._hosts.forget(host)
         self._events.tick()
         for command in commands:
             match command:
-                case LoadExperts():
-                    self._start_load(command)
-                case Evict():
-                    self._start_evict(command)
+                case LoadExperts() | Evict() | EndRun():
+                    self._orders.start(command)
                 case MakePlan():
                     self._planning = asyncio.get_running_loop().create_task(self._plan(command))
                 case Publish():
-                    async with self._published:
-                        self._published.notify_all()
+                    await self._notify()
+
+    async def _notify(self) -> None:
+        """Answer the routers that wait for a newer placement."""
+        async with self._published:
+            self._published.notify_all()
+        await asyncio.sleep(0)  # they are told before the rest of the tick is decided
 
     async def _observe(self, host: str, wait_s: float) -> PollResult:
         """Ask a host for its report; the host waits up to ``wait_s`` for something new."""
         if self._control.view.never_seen(host) and not await self._hosts.has_come(host):
             return "late"
-        forgetting = self._evicts[host][0].weights if host in self._evicts else ()
+        forgetting = self._orders.evicting(host)
         last = self._hosts.reports.get(host)
         known = None if last is None else last.revision
         try:
             asked = self._hosts.handle(host).report.remote(
-                self._term, self._evictions[host], known=known, wait_s=wait_s
+                self._term, self._orders.evictions(host), known=known, wait_s=wait_s
             )
             report: HostReport = await asyncio.wait_for(asked, wait_s + REPORT_TIMEOUT_S)
         except RayTaskError as failure:
-            raise self._cause(failure) from failure
+            raise self._orders.cause(failure) from failure
         except (TimeoutError, GetTimeoutError):
             self._hosts.late(host)
             return "late"
@@ -377,9 +426,11 @@ class Controller:
         return Observation(
             entry=report.entry,
             holdings=without(report.holdings, forgetting),
-            loading=report.loading > 0 or host in self._loads or host in self._evicts,
+            loading=report.loading > 0 or self._orders.moves_experts(host),
             work=Work(report.loop.batches, report.loop.assignments, report.loop.busy_s),
             device_bytes=None if report.card is None else report.card.room_bytes,
+            run=report.run,
+            owned=report.owned,
         )
 
     async def _plan(self, command: MakePlan) -> None:
@@ -397,71 +448,6 @@ class Controller:
             self._watchdog.plan_ended(failed=found is None)
             self._control.planned(command, found, self._clock())
             self._wake.set()
-
-    def _start_load(self, command: LoadExperts) -> None:
-        host = command.host
-        if host not in self._loads:
-            self._loads[host] = asyncio.get_running_loop().create_task(self._load(command))
-            self._polling.invalidate(host)
-
-    async def _load(self, command: LoadExperts) -> None:
-        host = command.host
-        refs = [self._models[name] for name in sorted({key.model for key, _ in command.weights})]
-        error = ""
-        try:
-            asked = self._hosts.handle(host).load.remote(
-                refs, command.weights, dict(command.peers), term=self._term
-            )
-            await asyncio.wait_for(asked, LOAD_TIMEOUT_S)
-            self._hosts.errors.pop(host, None)
-        except (RayTaskError, MoesaicError) as failure:
-            cause = self._cause(failure)
-            error = self._hosts.errors[host] = describe_error(cause)
-            log.warning("host %s cannot load experts: %s", host, error, extra={"host": host})
-        except TimeoutError:
-            error = self._hosts.errors[host] = (
-                f"loading experts took more than {LOAD_TIMEOUT_S:g} s"
-            )
-            log.warning("host %s: %s", host, error, extra={"host": host})
-        except (RayError, ValueError) as failure:
-            log.info("host %s ended while it was loading: %s", host, failure, extra={"host": host})
-        finally:
-            del self._loads[host]
-            self._polling.invalidate(host)
-        if error:
-            self._control.load_failed(host, command.weights, error, self._clock())
-
-    def _start_evict(self, command: Evict) -> None:
-        if command.host not in self._evicts:
-            loop = asyncio.get_running_loop()
-            self._evicts[command.host] = command, loop.create_task(self._evict(command))
-            self._polling.invalidate(command.host)
-
-    async def _evict(self, command: Evict) -> None:
-        host = command.host
-        try:
-            order = command.weights, self._term, self._evictions[host] + 1
-            asked = self._hosts.handle(host).release.remote(*order)
-            await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
-        except (RayTaskError, MoesaicError) as failure:
-            cause = self._cause(failure)
-            self._hosts.errors[host] = describe_error(cause)
-            log.warning("host %s refuses to evict experts: %s", host, cause, extra={"host": host})
-        except (RayError, ValueError, TimeoutError) as failure:
-            # The host's next report says what it still holds; that is evicted again.
-            log.info("host %s has not evicted experts: %s", host, failure, extra={"host": host})
-        finally:
-            self._evictions[host] += 1
-            del self._evicts[host]
-            self._polling.invalidate(host)
-
-    def _cause(self, failure: Exception) -> Exception:
-        """Return the error that a host raised; end this process if a newer controller rules."""
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, Superseded):
-            log.critical("controller of term %d: %s; the process ends", self._term, cause)
-            os._exit(1)
-        return cause
 
     # ---- small parts ----------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ class Events:
         self._asleep = control.idle_models.asleep
         self._leaving: dict[str, bool] = {}  # whether it was seen to be empty
         self._number: PlacementId | None = None
+        self._run = control.training.alive
 
     def tick(self) -> None:
         """Log what has changed since the last call."""
@@ -40,6 +41,7 @@ class Events:
         self._scaling_phases = {scaling.id: scaling.phase for scaling in self._fleet.scalings.all}
         self._log_leaving()
         self._log_sleep()
+        self._log_training()
         for change in self._control.changes.all:
             if self._change_phases.get(change.id) is not change.phase:
                 _log_change(change, new=change.id not in self._change_phases)
@@ -64,6 +66,19 @@ class Events:
         for model in sorted(self._asleep - asleep):
             log.info("model %s wakes up", model, extra={"model": model})
         self._asleep = asleep
+
+    def _log_training(self) -> None:
+        training = self._control.training
+        before, self._run = self._run, training.alive
+        if before is self._run:
+            return
+        if before is not None:
+            level = logging.WARNING if training.expired else logging.INFO
+            ids = {"model": before.model, "run": before.run, "initiator": before.who}
+            log.log(level, "%s has ended: %s", before, training.ending, extra=ids)
+        if self._run is not None:
+            ids = {"model": self._run.model, "run": self._run.run, "initiator": self._run.who}
+            log.info("%s begins", self._run, extra=ids)
 
     def _log_leaving(self) -> None:
         view = self._control.view

@@ -129,9 +129,9 @@ class Operations:
         """Return how many replicas a host still holds, and the phase of its drain."""
         seen = self._control.view.observations.get(self._host(host))
         remaining = sum(1 for _ in seen.experts()) if seen is not None else 0
-        obstacle = self._control.drain_blockers().get(host)
-        phase = DrainPhase.DRAINING if remaining else DrainPhase.DONE
-        if obstacle:
+        obstacle = self._control.drain_obstacles().get(host)
+        phase = DrainPhase.DRAINING if remaining or obstacle else DrainPhase.DONE
+        if host in self._control.drain_blockers():
             phase = DrainPhase.NO_ROOM
         if host not in self._control.leaving:
             phase = DrainPhase.NOT_DRAINED

@@ -36,6 +36,7 @@ from ..runtime.ray_border import cluster_of
 from .host_actors import HostActors
 from .metrics import PoolMetrics
 from .sizing import Sizing
+from .training import Training
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Overview:
     control: Control
     hosts: HostActors
     sizing: Sizing
+    training: Training
     watchdog: Watchdog
     service: ServiceWatch | None
     models: Mapping[str, tuple[ModelRef, ModelShape]]
@@ -78,7 +80,7 @@ class Overview:
         """Return the whole status."""
         now, control = self.clock(), self.control
         vitals = self._vitals(now)
-        missing, no_room = control.missing(), control.drain_blockers()
+        missing, obstacles = control.missing(), control.drain_obstacles()
         return ClusterStatus(
             placement=_number(self._number()),
             controller=ControllerStatus(
@@ -100,7 +102,7 @@ class Overview:
                 for name, number in control.publisher.routers(now).items()
             ],
             router_service=None if self.service is None else self.service.status(),
-            hosts=[self._host_status(host, no_room, now) for host in control.view.hosts],
+            hosts=[self._host_status(host, obstacles, now) for host in control.view.hosts],
             models=[
                 ModelStatus(
                     name=name,
@@ -112,8 +114,8 @@ class Overview:
                     experts=sum(shape.experts.values()),
                     asleep=name in control.idle_models.asleep,
                     missing_experts=sum(1 for key in missing if key.model == name),
-                    updated_experts=len(control.updates.updated(name)),
-                    volatile_experts=len(control.updates.volatile(name)),
+                    updated_experts=len(control.updated(name)),
+                    volatile_experts=len(control.volatile(name)),
                 )
                 for name, (ref, shape) in self.models.items()
             ],
@@ -126,6 +128,7 @@ class Overview:
             unprotected_experts=len(control.unprotected()),
             nodes=_nodes(self.hosts.reports),
             cards=_cards(self.hosts.reports),
+            training=self.training.status(),
         )
 
     def top(self, count: int) -> Activity:
@@ -238,10 +241,10 @@ class Overview:
             last_change=None if last is None else last.report(now, pending_moves=pending),
         )
 
-    def _host_status(self, host: str, no_room: Mapping[str, str], now: float) -> HostStatus:
+    def _host_status(self, host: str, obstacles: Mapping[str, str], now: float) -> HostStatus:
         obstacle = self.sizing.waiting(host, now)
-        if host in no_room:
-            obstacle = f"draining; {no_room[host]}"
+        if host in obstacles:
+            obstacle = f"draining; {obstacles[host]}"
         report = self.hosts.reports.get(host)
         return HostStatus(
             name=host,

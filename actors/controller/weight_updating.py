@@ -147,6 +147,17 @@ class WeightUpdating:
             most_bytes=shape.expert_bytes + _HEADER_BYTES,
         )
 
+    def store(self) -> None:
+        """Store for later controllers what is served, and which numbers were given out.
+
+        Raises ClusterError if a newer controller rules.
+        """
+        if not store_updates(self._namespace, self._term, self._control.snapshot()):
+            raise ClusterError(
+                f"a newer controller rules than that of term {self._term}; it may not know of the "
+                "new weights, so look at `status` and try again"
+            )
+
     def _begun_by_this(self, model: str, number: int) -> WeightUpdate:
         update = self._begun.get((model, number))
         if update is None:
@@ -194,7 +205,7 @@ class WeightUpdating:
             experts=len(update.versions),
             initiator=update.who,
             reverts=update.reverts,
-            volatile=bool(set(update.weights) & set(updates.volatile(update.model))),
+            volatile=bool(set(update.weights) & set(self._control.volatile(update.model))),
             placement=PlacementNumber(term=placed.term, epoch=placed.epoch),
         )
 
@@ -210,7 +221,7 @@ class WeightUpdating:
             if isinstance(error, ValueError):
                 raise ClusterError(str(error)) from error
             raise
-        self._store()
+        self.store()
         log.info(
             "update %d of %s is served: %d experts",
             update.number,
@@ -249,15 +260,8 @@ class WeightUpdating:
 
     def _keep(self, update: WeightUpdate) -> None:
         # Before anybody learns the number: a later controller must not give it out again.
-        self._store()
+        self.store()
         self._begun[update.model, update.number] = update
-
-    def _store(self) -> None:
-        if not store_updates(self._namespace, self._term, self._control.updates.snapshot()):
-            raise ClusterError(
-                f"a newer controller rules than that of term {self._term}; it may not know of the "
-                "update, so look at `status` and try again"
-            )
 
     async def _grants(self, weights: Sequence[ExpertVersion]) -> list[Granted]:
         """Grant weights of one model to the hosts that hold its experts.

@@ -63,7 +63,8 @@ class HostReport:
     machine_bytes: tuple[int, int] = (0, 0)  # of its machine: all memory, and what is free of it
     adopted: int = 0  # experts that this process has from its predecessor's memory
     card: CardReport | None = None  # None: it computes on the CPU
-    owned: int = 0  # experts and blocks of trunks that it owns for a training run
+    run: int = 0  # the training run that it knows; 0: none
+    owned: int = 0  # keys that it owns for that run
 
     def process(self) -> HostProcess:
         """Return what `status` shows of the host's process."""

@@ -92,6 +92,7 @@ def _check_model(found: Preflight, spec: Spec, model: ModelSpec, at: str) -> Non
         found.findings += check_updates(model.updates, model.name, folder, key=f"{at}.updates")
     found.findings += check_experts(model, checked.described, at)
     found.findings += check_weights(spec, model, checked.described)
+    found.findings += check_training(model, checked.described, at)
 
 
 def check_experts(model: ModelSpec, described: ModelDescription, at: str) -> Iterator[Finding]:
@@ -115,6 +116,18 @@ def check_weights(spec: Spec, model: ModelSpec, described: ModelDescription) -> 
     )
     code = UnsupportedModel.__name__
     yield Finding(severity="error", path="trunk.engine", message=text, code=code)
+
+
+def check_training(model: ModelSpec, described: ModelDescription, at: str) -> Iterator[Finding]:
+    """Check that the experts of a model that is to be trained have gradients."""
+    if model.train and described.quantised is not None:
+        text = (
+            f"the checkpoint of model {model.name!r} is quantised ({described.quantised}), and "
+            "such weights cannot be trained; use a checkpoint in float32, bfloat16 or float16, or "
+            "set train: false"
+        )
+        code = UnsupportedModel.__name__
+        yield Finding(severity="error", path=f"{at}.train", message=text, code=code)
 
 
 def bounds_of(model: ModelSpec, described: ModelDescription) -> ExpertBounds:

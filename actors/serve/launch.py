@@ -137,7 +137,11 @@ def launch(
     for model in spec.models:
         folder, described = checked.folders[model.name], checked.described[model.name]
         refs[model.name] = ModelRef(
-            name=model.name, dtype=model.dtype, path=str(folder), updates=_update_folder(model)
+            name=model.name,
+            dtype=model.dtype,
+            path=str(folder),
+            updates=_update_folder(model),
+            learns=model.train,
         )
         shapes[model.name] = shape_of(model, described)
     log.info("cluster %s starts", spec.name)

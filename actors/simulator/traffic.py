@@ -192,7 +192,7 @@ def store(controller: SimController) -> bool:
     """Store a controller's updates for its successors; return whether no newer one rules."""
     assert controller.control is not None
     registry = controller.world.registry
-    registry.updates[controller.term] = json.dumps(controller.control.updates.snapshot())
+    registry.updates[controller.term] = json.dumps(controller.control.snapshot())
     return registry.latest_term == controller.term
 
 
@@ -202,5 +202,5 @@ def take_over(controller: SimController) -> None:
     registry = controller.world.registry
     earlier = [term for term in registry.updates if term < controller.term]
     if earlier:
-        controller.control.updates.restore(json.loads(registry.updates[max(earlier)]))
+        controller.control.restore(json.loads(registry.updates[max(earlier)]))
     store(controller)

@@ -34,6 +34,14 @@ class Evict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndRun:
+    """Let ``host`` forget a training run that does not live, with all that it owns for it."""
+
+    host: str
+    run: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MakePlan:
     """Run the planner, which may take seconds, and tell `Control.planned` what it found."""
 
@@ -66,4 +74,4 @@ class MakePlan:
         )
 
 
-ControlCommand = LoadExperts | Publish | Evict | MakePlan
+ControlCommand = LoadExperts | Publish | Evict | EndRun | MakePlan

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
 from ..load.meter import HostPath, LoadReport
@@ -27,10 +28,11 @@ from ..load.tracker import LoadTracker
 from ..placement import LayerPlacement, ModelShape, Placement, PlacementId, every_expert
 from ..planner.capacity import with_default_slots
 from ..planner.plan import OperatorConstraints, Plan, PoolHost
+from ..training.runs import TrainingRuns
 from ..weight_updates import WeightUpdates
 from .change_impact import ImpactMeter
 from .changes import Change, ChangeHistory
-from .commands import ControlCommand, Evict, MakePlan, Publish
+from .commands import ControlCommand, EndRun, Evict, MakePlan, Publish
 from .host_speed import SILENT, with_speed_factors
 from .idle_models import IdleModels
 from .loading import Loader
@@ -64,6 +66,7 @@ class Control:
             retry_s=self.policy.retry_s,
         )
         self.updates = WeightUpdates(self.view, self.loader.saved)
+        self.training = TrainingRuns(self.view, self.updates)
         self.loads = LoadTracker()
         self.paths: dict[str, tuple[HostPath, ...]] = {}  # of each live router
         self.changes = ChangeHistory()
@@ -135,6 +138,17 @@ class Control:
                 self._rebalance_timer.pause(now)
                 self.changes.failed(f"{key} on {host}: {error}", now)
 
+    # ---- for later controllers ------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what a later controller must know of weights, as JSON values."""
+        return self.updates.snapshot() | {"training": self.training.snapshot()}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Take over what `snapshot` of an earlier controller returned."""
+        self.updates.restore(kept)
+        self.training.restore(kept["training"])
+
     # ---- queries --------------------------------------------------------------------------------
 
     @property
@@ -177,7 +191,7 @@ class Control:
     def missing(self) -> dict[ExpertKey, str]:
         """Return the experts that no host holds now, and why."""
         missing = [key for key in every_expert(self._awake()) if not self.view.holders(key)]
-        return {key: self._why_missing(self.view.versions.served(key)) for key in missing}
+        return {key: self.loader.why_missing(self.view.versions.served(key)) for key in missing}
 
     def lost(self, weights: Iterable[ExpertVersion]) -> list[ExpertVersion]:
         """Return those of ``weights`` that are in no file and on no host any more."""
@@ -186,18 +200,26 @@ class Control:
         on_disk, holders = self.loader.is_on_disk, self.view.holders
         return [one for one in weights if not on_disk(one) and not holders(*one)]
 
-    def _saved_models(self) -> set[str]:
-        """Return the models whose weights are all in files, and that have no update in progress."""
-        updating = {key.model for key in self.updates.arriving()}
-        on_disk = self.loader.on_disk - updating
-        return {model for model in on_disk if not self.updates.volatile(model)}
+    def _is_lost(self, key: ExpertKey) -> bool:
+        """Return whether an expert has weights that it was given later, and these are lost."""
+        served = self.view.versions.served(key)
+        return served.version != FIRST_VERSION and bool(self.lost([served]))
 
-    def _why_missing(self, weights: ExpertVersion) -> str:
-        if self.loader.is_on_disk(weights):
-            return "loading"
-        if weights.version == FIRST_VERSION:
-            return "lost: its model was attached from memory, and no file has its weights"
-        return f"lost: only hosts' memory had version {weights.version}"
+    def updated(self, model: str) -> list[ExpertVersion]:
+        """Return what is served of a model's experts that have other weights than at first."""
+        served = map(self.view.versions.served, every_expert([self.models[model]]))
+        return [one for one in served if one.version != FIRST_VERSION]
+
+    def volatile(self, model: str) -> list[ExpertVersion]:
+        """Return those of the updated ones that no file has."""
+        return [one for one in self.updated(model) if one not in self.loader.saved]
+
+    def _saved_models(self) -> set[str]:
+        """Return those that may sleep whose weights are all in files and stay as they are."""
+        run, updating = self.training.alive, {key.model for key in self.updates.arriving()}
+        steady = self.loader.on_disk - updating - ({run.model} if run is not None else set())
+        may = [shape.model for shape in self.models.values() if shape.idle_s is not None]
+        return {name for name in may if name in steady and not self.volatile(name)}
 
     def is_free(self, host: str, now: float) -> bool:
         """Return whether a retired host holds nothing, gets nothing, and no router uses it."""
@@ -206,6 +228,10 @@ class Control:
     def drain_blockers(self) -> dict[str, str]:
         """Return the leaving hosts that cannot leave, with the reason as text."""
         return self.members.drain_blockers(self.models)
+
+    def drain_obstacles(self) -> dict[str, str]:
+        """Return the leaving hosts that cannot leave, or not yet, with the reason as text."""
+        return self.members.owners(self.training.alive) | self.drain_blockers()
 
     def speed_factors(self) -> dict[str, float]:
         """Return the speed factor of each host that is planned with less than its full speed.
@@ -229,7 +255,8 @@ class Control:
 
         Except for leases that end and for the periodic check of the balance.
         """
-        settled = self._nothing_pending and self._asked is None and not self.updates.arriving()
+        at_rest = not self.updates.arriving() and self.training.alive is None
+        settled = self._nothing_pending and self._asked is None and at_rest
         return settled and self.state == self._published_for and self._planned_for == self._key(now)
 
     def unprotected(self) -> list[ExpertKey]:
@@ -255,9 +282,23 @@ class Control:
         not answer in time, and its last report stays valid: routers detect by themselves that it
         does not answer.
         """
-        # Step 1: take note of the hosts that are alive, and of the load.
+        return self.note(reports, now) + self.decide(reports, now)
+
+    def note(self, reports: Mapping[str, Observation | None], now: float) -> list[ControlCommand]:
+        """Do the first part of a round, which takes no time even in a large pool.
+
+        It publishes the version that a training run waits for, if its replicas have it.
+        """
         self._now = now
         self.view.note(reports, now)
+        placed = {} if self.placement is None else self.placement.layers
+        served = self.training.advance(placed, now)
+        placement = self.publisher.renumber() if served is not None and served.whole else None
+        return [] if placement is None else [Publish(placement=placement)]
+
+    def decide(self, reports: Mapping[str, Observation | None], now: float) -> list[ControlCommand]:
+        """Do the second part of a round, with the reports of the first."""
+        # Step 1: take note of the load, and of what its time has come for.
         self.loads.advance(now)
         self.updates.advance(now)
         self.idle_models.advance(
@@ -276,7 +317,7 @@ class Control:
             h for h, seen in self.view.observations.items() if h in reports and not seen.loading
         ]
         appeared = [model for model in self.models if self.publisher.has_published(model)]
-        arriving = self.updates.arriving()
+        arriving = self.updates.arriving() | self.training.arriving(self.models.values())
         for host in idle:
             load = self.loader.next(
                 host,
@@ -289,9 +330,7 @@ class Control:
             commands += [load] if load is not None else []
         # Step 4: publish what is ready, if that has changed.
         if self.state != self._published_for:
-            updated = map(self.view.versions.served, self.view.versions.experts)
-            lost = {one.key for one in self.lost(updated)}
-            placement = self.publisher.publish(target, self.models, lost)
+            placement = self.publisher.publish(target, self.models, self._is_lost)
             commands += [Publish(placement=placement)] if placement is not None else []
             self._published_for = self.state
             self._nothing_pending = not self.pending()
@@ -301,14 +340,18 @@ class Control:
                 target,
                 now,
                 self.idle_models.asleep,
-                {ExpertVersion(key, version) for key, version in arriving.items()},
+                lambda one: arriving.get(one.key) == one.version or self.training.is_arriving(one),
             )
             for host in [host for host in idle if host in evictable]:
                 commands.append(Evict(host=host, weights=tuple(evictable[host])))
                 self.view.forget(host, evictable[host])
             if self._nothing_pending:
                 self.changes.done(now)
-        # Step 6: measure the effect of the last change.
+        # Step 6: let hosts forget training runs that do not live.
+        for host, seen in self.view.observations.items():
+            if host in reports and not self.training.is_alive(seen.run):
+                commands.append(EndRun(host=host, run=seen.run))
+        # Step 7: measure the effect of the last change.
         last = self.changes.find(None)
         self.impact_meter.tick(last, self.placement, self.loads, self.staying(now), now)
         return commands
@@ -440,7 +483,8 @@ class Control:
         if not self.settled:
             return 0
         there = self.view.observations.keys() - self.members.leaving
-        return sum(self.view.empty(host) and not self.wanted(host) for host in there)
+        seen = self.view.observations
+        return sum(seen[host].bare and not self.wanted(host) for host in there)
 
     def _awake(self) -> list[ModelShape]:
         return self.idle_models.awake(self.models.values())

@@ -55,11 +55,14 @@ class Loader:
         self._not_before.pop(host, None)
 
     def failed(self, host: str, weights: Sequence[ExpertVersion], now: float) -> list[ExpertKey]:
-        """Take note of a load that failed; return its replicas that had failed before."""
+        """Take note of a load that failed; return its replicas that had failed before.
+
+        A version that is not served any more does not count: its source may have evicted it.
+        """
         self._not_before[host] = now + self._retry_s
         again = []
-        for key, _ in weights:
-            if not self._view.holds(host, key):
+        for key, version in weights:
+            if version == self._view.versions.of(key) and not self._view.holds(host, key):
                 self._failures[key] = self._failures.get(key, 0) + 1
                 if self._failures[key] >= 2:
                     again.append(key)
@@ -103,6 +106,14 @@ class Loader:
         """Return whether hosts can read this version of an expert from a file."""
         first = weights.version == FIRST_VERSION
         return weights.key.model in self.on_disk if first else weights in self.saved
+
+    def why_missing(self, weights: ExpertVersion) -> str:
+        """Return why no host holds this version of an expert."""
+        if self.is_on_disk(weights):
+            return "loading"
+        if weights.version == FIRST_VERSION:
+            return "lost: its model was attached from memory, and no file has its weights"
+        return f"lost: only hosts' memory had version {weights.version}"
 
     def lacking(self, host: str, wanted: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return the ``wanted`` experts that ``host`` lacks and can still get.

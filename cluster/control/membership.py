@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..placement import ModelShape
 from ..planner.plan import OperatorConstraints, PoolHost
+from ..training.runs import LivingRun
 from .loading import Loader
 from .operations import without_host
 from .pool_view import PoolView
@@ -80,3 +81,15 @@ class Membership:
                     f"no other host has room for {len(stuck)} of its experts ({size / 1e6:,.1f} MB)"
                 )
         return words
+
+    def owners(self, run: LivingRun | None) -> dict[str, str]:
+        """Return the leaving hosts that own tensors of the run that lives, with that as text."""
+        if run is None:
+            return {}
+        seen = self._view.observations
+        return {
+            host: f"owns {seen[host].owned} tensors of the run that trains {run.model}; the run "
+            "hands them over between steps"
+            for host in sorted(self.leaving & seen.keys())
+            if seen[host].owned
+        }

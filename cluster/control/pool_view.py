@@ -22,6 +22,13 @@ class Observation:
     loading: bool
     work: Work | None = field(default=None, compare=False)  # None: not reported
     device_bytes: int | None = None  # what its device has for experts; None: unknown
+    run: int = 0  # the training run that it knows; 0: none
+    owned: int = 0  # keys that it owns for that run
+
+    @property
+    def bare(self) -> bool:
+        """Whether it holds and loads no expert."""
+        return not (self.loading or any(True for _ in self.experts()))
 
     def holds(self, weights: ExpertVersion) -> bool:
         model, layer, expert = weights.key
@@ -165,7 +172,7 @@ class PoolView:
         return host not in self.observations and host not in self._gone_since
 
     def empty(self, host: str) -> bool:
-        """Return whether a host holds and loads nothing.
+        """Return whether a host holds and loads nothing, and owns nothing that is trained.
 
         If it does not answer: whether other hosts hold all that it held. A host whose process is
         gone is empty after ``host_timeout_s``; until then its next process may have its memory.
@@ -176,7 +183,7 @@ class PoolView:
             if lost is None or gone_s >= self._host_timeout_s:
                 return True
             return all(self.holders(key) for key in lost.experts())
-        return not (seen.loading or any(True for _ in seen.experts()))
+        return seen.bare and not seen.owned
 
     def is_known(self, host: str) -> bool:
         """Return whether a host reported in the last round, or is known to be gone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
@@ -72,17 +72,21 @@ class Publisher:
         self,
         target: TargetLayers,
         models: Mapping[str, ModelShape],
-        lost: Collection[ExpertKey] = (),
+        is_lost: Callable[[ExpertKey], bool] = lambda _: False,
     ) -> Placement | None:
         """Publish a placement of what is ready; None if that is what was published last.
 
-        Experts that are ``lost`` for good do not keep the rest of their model out of it.
+        Experts that are lost for good do not keep the rest of their model out of it.
         """
-        whole = {model: self._whole(model, target, lost) for model in models}
+        # A model appears once hosts hold all of its experts. Later some may be missing.
+        appeared = {
+            model
+            for model in models
+            if self.has_published(model) or self._whole(model, target, is_lost)
+        }
         layers = {}
         for key, layer in target.items():
-            # A model appears once hosts hold all of its experts. Later some may be missing.
-            if self.has_published(key.model) or whole.get(key.model):
+            if key.model in appeared:
                 before = self.placement.layers.get(key) if self.placement is not None else None
                 layers[key] = LayerPlacement(
                     tuple(
@@ -111,17 +115,30 @@ class Publisher:
         self._told.update(dict.fromkeys(hosts, self.placement_id))
         return self.placement
 
+    def renumber(self) -> Placement | None:
+        """Publish the served versions alone; None if hosts have changed, too.
+
+        Every replica that the placement names must hold them.
+        """
+        last = self.placement
+        if last is None or last.hosts != self._view.entries():
+            return None
+        self.placement_id = PlacementId(self.placement_id.term, self.placement_id.epoch + 1)
+        self.placement = replace(last, id=self.placement_id, versions=self._view.versions)
+        self._told.update(dict.fromkeys(last.hosts, self.placement_id))
+        return self.placement
+
     def evictable(
         self,
         target: TargetLayers,
         now: float,
         asleep: Collection[str] = (),
-        arriving: Collection[ExpertVersion] = (),
+        is_arriving: Callable[[ExpertVersion], bool] = lambda _: False,
     ) -> dict[str, list[ExpertVersion]]:
         """Return for each host the replicas that neither the target nor any live router needs.
 
         A router needs what its placement names. The last replica of an expert stays, unless its
-        model is ``asleep``. Versions that are ``arriving`` are about to be served, and stay.
+        model is ``asleep``. Versions that are arriving are about to be served, and stay.
         """
         if not self._knows_routers(now) or self.placement is None:
             return {}
@@ -131,7 +148,7 @@ class Publisher:
             (one, host)
             for host, seen in self._view.observations.items()
             for one in seen.weights()
-            if one not in arriving
+            if not is_arriving(one)
         }
         self._retired = {
             where: self._retired.get(where, self.placement_id) for where in sorted(held - named)
@@ -200,10 +217,12 @@ class Publisher:
         left = max(0.0, 1.0 - sum(r.share for r in ready))
         return ready + tuple(Replica(host, left / len(stood)) for host in stood)
 
-    def _whole(self, model: str, target: TargetLayers, lost: Collection[ExpertKey]) -> bool:
+    def _whole(
+        self, model: str, target: TargetLayers, is_lost: Callable[[ExpertKey], bool]
+    ) -> bool:
         """Return whether hosts hold every expert of a model that is not lost."""
         return all(
-            self._view.holders(key.expert(expert)) or key.expert(expert) in lost
+            self._view.holders(key.expert(expert)) or is_lost(key.expert(expert))
             for key, layer in target.items()
             if key.model == model
             for expert in range(len(layer.replicas))

@@ -241,10 +241,32 @@ class ModelStatus(Report):
     missing_experts: int
     """Its experts that no host holds."""
     updated_experts: int = 0
-    """Its experts whose weights were updated since they were read from the checkpoint."""
+    """Its experts whose weights were updated or trained since they were read from the
+    checkpoint."""
     volatile_experts: int = 0
-    """Of the updated ones, those whose weights only hosts have, because the spec gives the model no
-    `updates` folder: they are lost with their last host, and with the cluster."""
+    """Of the updated ones, those whose weights only hosts have, because they were trained, or
+    because the spec gives the model no `updates` folder: they are lost with their last host, and
+    with the cluster."""
+
+
+class TrainingStatus(Report):
+    """The run that trains a model of the cluster."""
+
+    run: int
+    """The run's number."""
+    model: str
+    """The model's name."""
+    initiator: str
+    """Who began it."""
+    age_s: float
+    """Time since it began."""
+    version: int
+    """The version of the model's experts that is served."""
+    steps: int
+    """Versions that it has brought so far, each with one step."""
+    owned_tensors: dict[str, int]
+    """How many experts and blocks of the trunk each host owns: it keeps their masters and the
+    optimizer's state."""
 
 
 class MissingExpert(ExpertId):
@@ -287,6 +309,8 @@ class ClusterStatus(Report):
     """The machines on which hosts run, and their memory."""
     cards: list[CardStatus] = Field(default_factory=list)
     """The GPUs on which hosts compute, and their memory."""
+    training: TrainingStatus | None = None
+    """The run that trains a model; null if there is none."""
 
     @property
     def processes(self) -> dict[str, HostProcess]:

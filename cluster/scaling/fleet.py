@@ -174,8 +174,8 @@ class Fleet:
         """Return the report on one scaling, with what is left on its leaving hosts."""
         seen = [control.view.observations.get(host) for host in scaling.leaving]
         awaited = scaling.waits_for
-        no_room = control.drain_blockers() if awaited else {}
-        obstacles = {host: no_room.get(host) or self.waiting(host, now) for host in awaited}
+        leaving = control.drain_obstacles() if awaited else {}
+        obstacles = {host: leaving.get(host) or self.waiting(host, now) for host in awaited}
         return scaling.report(
             now,
             remaining_replicas=sum(1 for one in seen if one is not None for _ in one.experts()),
@@ -217,16 +217,16 @@ class Fleet:
     def _leavers(self, control: Control, group: int) -> list[str]:
         """Return a group's hosts in the order in which they should leave, the cheapest first.
 
-        First come hosts that are not up, then drained ones, then those with the fewest experts;
-        among equals the newest.
+        First come hosts that are not up, then drained ones, then those with the fewest experts and
+        trained tensors; among equals the newest.
         """
         ages = {name: age for age, name in enumerate(self._group_of)}
 
         def cost(name: str) -> tuple[bool, bool, int, int]:
             seen = control.view.observations.get(name)
-            experts = 0 if seen is None else sum(1 for _ in seen.experts())
+            held = 0 if seen is None else sum(1 for _ in seen.experts()) + seen.owned
             drained = name in control.constraints.leaving
-            return seen is not None, not drained, experts, -ages[name]
+            return seen is not None, not drained, held, -ages[name]
 
         return sorted(self.staying(group), key=cost)
 

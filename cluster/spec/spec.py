@@ -16,10 +16,10 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ...proto.errors import SpecError
-from ..control.policy import ControlPolicy
 from ..host.residency import HostLimits
-from ..planner.plan import FleetGroup, PlannerPolicy
+from ..planner.plan import FleetGroup
 from ..routing.policy import RouterPolicy
+from .balance import BalanceSpec
 from .parts import (
     AutoscaleSpec,
     Cost,
@@ -29,15 +29,13 @@ from .parts import (
     MonitoringSpec,
     NetworkSpec,
     Part,
-    PartOrBytes,
     Resources,
     RouterSpec,
-    Seconds,
     Threads,
     TimeoutSpec,
     TrunkSpec,
 )
-from .text import StrictLoader, bytes_of, overridden, problems
+from .text import StrictLoader, overridden, problems
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 # Hub ids have a slash. No part begins with a dot: clients would resolve "/../" in a URL.
@@ -108,6 +106,11 @@ class ModelSpec(Part):
     """Seconds without a request after which the model's experts leave the hosts' memory. The next
     request waits until they are loaded again. Default `null`: the experts never leave."""
 
+    train: bool = False
+    """Whether the model's experts can be trained. They keep a layout in memory that gradients can
+    read, so calls may take longer. It needs hosts on CPUs, and a checkpoint that is not
+    quantised."""
+
     experts_per_token: int | None = Field(default=None, ge=1)
     """How many experts compute a token, if the request sets no number: those with the largest gate
     weights. Fewer experts are faster, at lower quality. Default `null`: as the model says."""
@@ -121,6 +124,11 @@ class ModelSpec(Part):
         least, usual = self.min_experts_per_token, self.experts_per_token
         if least is not None and usual is not None and least > usual:
             raise ValueError("min_experts_per_token <= experts_per_token must hold")
+        if self.train and self.updates is not None:
+            raise ValueError(
+                "updates: the folder cannot keep updates of trained weights, which are in no file; "
+                "export the trained model, and leave out updates or train"
+            )
         return self
 
 
@@ -256,84 +264,6 @@ class HostGroup(Resources):
         )
 
 
-class BalanceSpec(Part):
-    """How the controller follows the load: when it moves experts between hosts, and how much.
-
-    The balancedness of a layer is the average load of its hosts, divided by the load of the busiest
-    one, each relative to the host's speed. 1 is even.
-    """
-
-    auto: bool = True
-    """Whether the controller moves experts by itself when the load changes. `false`: only when an
-    operator runs `moesaic rebalance`."""
-
-    redundancy: int = Field(default=0, ge=0, le=64)
-    """Number of failure domains (hosts, or host groups that share a `failure_domain`) that can be
-    lost at once without losing an expert. Default 0: an expert may be on a single host."""
-
-    rebalance_below: float = Field(default=0.95, gt=0, le=1)
-    """Balancedness below which the controller moves a layer's replicas. The balancedness of a layer
-    is the average load of a host divided by the load of the busiest host, each for its speed; 1 is
-    even."""
-
-    target: float = Field(default=0.98, gt=0, le=1)
-    """Balancedness (1 is even) up to which the controller improves a layer whose balancedness is
-    less than `rebalance_below`."""
-
-    budget: PartOrBytes = 0.05
-    """How many replicas the controller may load in one change for balance: a fraction of all
-    replicas, or bytes such as `4GB`."""
-
-    consolidate_below: float = Field(default=0.05, ge=0, le=1)
-    """Load of one layer on one host up to which the layer gets no further host, because each host
-    that a layer uses costs a message. It is a fraction of this unit: the busiest layer's load
-    divided by the number of all hosts. 0: all layers use all hosts."""
-
-    every_s: Seconds = 10.0
-    """Seconds between two checks of the controller whether the load is even."""
-
-    horizon_s: Seconds = 60.0
-    """Seconds that the present load is assumed to last. The controller moves a replica only if the
-    move saves hosts more time in these seconds than loading the replica takes."""
-
-    host_timeout_s: Seconds = 30.0
-    """Seconds that a host may be unreachable before the controller loads the host's experts on
-    other hosts."""
-
-    lease_s: Seconds = 10.0
-    """Seconds for which the controller waits for a silent router. After that, the controller lets
-    hosts evict replicas that the router may still use."""
-
-    loading_mb_per_s: float = Field(default=200.0, gt=0, le=1e9, allow_inf_nan=False)
-    """Mean rate at which one host loads experts while it serves, in megabytes per second. A lower
-    rate disturbs requests less."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> BalanceSpec:
-        if self.rebalance_below > self.target:
-            raise ValueError("rebalance_below <= target must hold")
-        return self
-
-    @property
-    def policy(self) -> ControlPolicy:
-        return ControlPolicy(
-            balance=PlannerPolicy(
-                redundancy=self.redundancy,
-                rebalance_below=self.rebalance_below,
-                target=self.target,
-                horizon_s=self.horizon_s,
-                consolidate_below=self.consolidate_below,
-            ),
-            auto=self.auto,
-            every_s=self.every_s,
-            budget=self.budget if isinstance(self.budget, float) else 1.0,
-            budget_bytes=bytes_of(self.budget) if isinstance(self.budget, str) else None,
-            host_timeout_s=self.host_timeout_s,
-            lease_s=self.lease_s,
-            bytes_per_s=self.loading_mb_per_s * 1e6,
-        )
-
-
 class Spec(Part):
     """The whole spec of one cluster. Each key without a value in the file has its default."""
 
@@ -416,6 +346,7 @@ class Spec(Part):
         for number, group in enumerate(self.hosts):
             if self.lending_of(group) == "always":
                 self._check_lending(number, group)
+            self._check_training(number, group)
         for model in self.models:
             if model.replicas > self.num_hosts:
                 raise ValueError(
@@ -437,6 +368,15 @@ class Spec(Part):
         else:
             return
         raise ValueError(f"hosts.{number}.lending: 'always' is not possible: {why}; use 'auto'")
+
+    def _check_training(self, number: int, group: HostGroup) -> None:
+        """Check that hosts of a group can hold the models that are trained."""
+        trained = [f"models.{n}.train" for n, model in enumerate(self.models) if model.train]
+        if trained and group.device.startswith("cuda"):
+            raise ValueError(
+                f"hosts.{number}.device: {group.device!r}, but hosts on GPUs cannot train; set "
+                f"device: cpu, or {trained[0]}: false"
+            )
 
     def _check_names(self) -> None:
         """Check that no two models share a name or an alias."""

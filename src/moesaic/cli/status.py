@@ -15,6 +15,7 @@ from ..cluster.reports.status import (
     RouterServiceStatus,
     RouterStatus,
     StatusDocument,
+    TrainingStatus,
 )
 from ..handle import connect
 from ..session import need_session
@@ -66,6 +67,8 @@ def print_status(document: StatusDocument) -> None:
     for router in cluster.routers:
         _print_paths(router)
     _print_models(cluster, document.engines or {})
+    if cluster.training:
+        _print_training(cluster.training)
     _print_balance(cluster)
     _print_size(cluster)
     if cluster.unprotected_experts:
@@ -173,6 +176,13 @@ def _print_models(cluster: ClusterStatus, engines: dict[str, EngineStatus]) -> N
             if model.volatile_experts:
                 words += f", of which only hosts have {model.volatile_experts}"
             out.print(words, markup=False)
+
+
+def _print_training(run: TrainingStatus) -> None:
+    owned = [f"{host} owns {count} tensors" for host, count in run.owned_tensors.items()]
+    words = f"run {run.run} ({run.initiator}) trains {run.model}: version {run.version} after "
+    words += f"{run.steps:,} steps, for {run.age_s:,.0f} s"
+    out.print("; ".join([words, ", ".join(owned)] if owned else [words]), markup=False)
 
 
 def _print_balance(cluster: ClusterStatus) -> None:

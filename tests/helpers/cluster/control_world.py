@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moesaic.cluster.control.commands import Evict, MakePlan, Publish
+from moesaic.cluster.control.commands import EndRun, Evict, MakePlan, Publish
 from moesaic.cluster.control.control import Control, ControlPolicy
 from moesaic.cluster.control.loading import LoadExperts
 from moesaic.cluster.control.pool_view import Observation
@@ -44,6 +44,8 @@ class SimHost:
     alive: bool = True
     held: set[ExpertVersion] = field(default_factory=set)
     loading: list[tuple[ExpertVersion, HostEntry | None]] = field(default_factory=list)  # peer
+    run: int = 0  # the training run that it knows, and how many keys it owns for it
+    owned: int = 0
 
     @property
     def address(self) -> str:
@@ -61,7 +63,13 @@ class SimHost:
             shm_address="",
             grpc_address=self.address,
         )
-        return Observation(entry=entry, holdings=holdings, loading=bool(self.loading))
+        return Observation(
+            entry=entry,
+            holdings=holdings,
+            loading=bool(self.loading),
+            run=self.run,
+            owned=self.owned,
+        )
 
 
 @dataclass
@@ -114,7 +122,7 @@ class ControlWorld:
         self.control.set_constraints(self.constraints)
         self.updates = {}
         if self.kept_updates is not None:
-            self.control.updates.restore(json.loads(self.kept_updates))
+            self.control.restore(json.loads(self.kept_updates))
         for shape, on_disk in self.models:
             if on_disk:
                 self.control.add_model(shape, on_disk=True)
@@ -141,6 +149,7 @@ class ControlWorld:
     def kill(self, name: str) -> None:
         host = self.hosts[name]
         host.alive, host.held, host.loading = False, set(), []
+        host.run = host.owned = 0
 
     def restart(self, name: str) -> None:
         host = self.hosts[name]
@@ -200,7 +209,7 @@ class ControlWorld:
             del self.updates[model]
 
     def keep_updates(self) -> None:
-        self.kept_updates = json.dumps(self.control.updates.snapshot())
+        self.kept_updates = json.dumps(self.control.snapshot())
 
     def fail_load(self, name: str, also: list[ExpertVersion] | None = None) -> None:
         host = self.hosts[name]
@@ -247,6 +256,9 @@ class ControlWorld:
                     self.published.append(placement)
                 case Evict():
                     self._evict(command)
+                case EndRun(host=name, run=run):
+                    assert self.hosts[name].run == run
+                    self.hosts[name].run = self.hosts[name].owned = 0
         if not self.planner_is_slow:
             self.answer()
         return any(not isinstance(one, MakePlan) or not one.balance for one in commands)
@@ -265,8 +277,11 @@ class ControlWorld:
         assert len(set(command.weights)) == len(command.weights) > 0
         for one in command.weights:
             assert not seen.holds(one), "a load of what is there"
-            arriving = self.control.updates.arriving().get(one.key)
-            assert one.version in (self.control.view.versions.of(one.key), arriving)
+            arriving = self.control.updates.arriving() | self.control.training.arriving(
+                shape for shape, _ in self.models
+            )
+            served = self.control.view.versions.of(one.key)
+            assert one.version in (served, arriving.get(one.key))
             held = {version for key, version in self.hosts[command.host].held if key == one.key}
             assert len(held) < VERSIONS_AT_ONCE, "no room for a third version"
             assert one.key in self.control.wanted(command.host)
@@ -286,6 +301,7 @@ class ControlWorld:
         for one in command.weights:
             key, version = one
             served = version == self.control.view.versions.of(key)
+            assert not self.control.training.is_arriving(one)
             assert self.reported[command.host].holds(one)
             assert not served or key not in self.control.wanted(command.host)
             gone = not self.control.view.observations[command.host].holds(one)
@@ -318,7 +334,7 @@ class ControlWorld:
             for name, seen in self.reported.items()
             if name not in view.retiring
             # One that is to leave is told of while it holds something, and is heard.
-            or (name in view.observations and (seen.loading or any(True for _ in seen.experts())))
+            or (name in view.observations and not (seen.bare and not seen.owned))
         }
         assert dict(placement.hosts) == entries, "hosts that live, as they last reported"
         for key, layer in placement.layers.items():

@@ -167,8 +167,8 @@ def test_an_update_that_is_held_waits_for_its_record_as_long_as_that_takes() -> 
     world.control.updates.serve(update, in_file=True)
     world.tick()
     assert world.published[-1].versions.of(FIRST) == 2
-    assert world.control.updates.volatile("m") == []
-    assert world.control.updates.updated("m") == [ExpertVersion(FIRST, 2)]
+    assert world.control.volatile("m") == []
+    assert world.control.updated("m") == [ExpertVersion(FIRST, 2)]
 
 
 def test_only_what_some_host_has_can_be_held() -> None:
@@ -195,7 +195,7 @@ def test_the_updates_of_a_folder_are_served_from_the_start() -> None:
     assert [versions.of(key) for key in (FIRST, other, ExpertKey("m", 0, 1))] == [5, 2, 1]
     assert holders(world, ExpertVersion(FIRST, 5)) == ["h0", "h1"]
     assert holders(world, ExpertVersion(FIRST, 1)) == []
-    assert world.control.updates.volatile("m") == []
+    assert world.control.volatile("m") == []
     assert world.control.updates.last_number("m") == 5
     assert begin(world, FIRST).number == 8, "the folder has a file of each number up to 7"
 
@@ -206,13 +206,13 @@ def test_a_folder_rules_over_what_an_earlier_controller_knew() -> None:
     begin(world, FIRST)
     world.rounds(3.0)
     world.serve("m")
-    kept = world.control.updates.snapshot()
-    successor = pool().control.updates
+    kept = world.control.snapshot()
+    successor = pool().control
     successor.restore(kept)
-    history = [*successor.past]
+    history = [*successor.updates.past]
     history.append(
         WeightUpdate(model="m", number=3, versions={FIRST: 3}, before={FIRST: 2}, who="t")
     )
-    successor.replay("m", history, 3)
+    successor.updates.replay("m", history, 3)
     assert successor.updated("m") == [ExpertVersion(FIRST, 3)]
-    assert [one.number for one in successor.past] == [2, 3]
+    assert [one.number for one in successor.updates.past] == [2, 3]

@@ -25,6 +25,7 @@ from moesaic.cluster.reports.status import (
     RouterServiceStatus,
     RouterStatus,
     StatusDocument,
+    TrainingStatus,
 )
 from tests.helpers.cluster import reports
 from tests.helpers.cluster.reports import PROCESS, cluster_report, engine_report, host_report
@@ -120,6 +121,15 @@ STATUS = StatusDocument(
             )
             for number, limit in enumerate((None, 2**32))
         ],
+        training=TrainingStatus(
+            run=3,
+            model="m",
+            initiator="ann",
+            age_s=41.0,
+            version=12,
+            steps=11,
+            owned_tensors={"host-0": 5, "host-1": 4},
+        ),
         missing_experts=1,
         missing_examples=[MissingExpert(model=LONG, layer=1, expert=2, reason="loading")],
     ),
@@ -179,6 +189,7 @@ FIGURES = SimpleNamespace(
                 "node 01234567: host-0, host-1 hold 1,024 MiB; 8,192 MiB of 16,384 MiB are free",
                 "card 5d1c0a9e0000: host-0, host-1 hold 1,024 MiB and take 2,048 MiB; 8,192",
                 "card 5d1c0a9e1000: host-0, host-1 hold 1,024 MiB and take 2,048 MiB of",
+                "run 3 (ann) trains m: version 12 after 11 steps, for 41 s; host-0 owns 5",
             ),
         ),
         (

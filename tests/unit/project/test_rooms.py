@@ -43,6 +43,7 @@ cluster/routing                     cluster cluster/load
 cluster/planner                     cluster
 cluster/training                    proto cluster
 cluster/control                     cluster cluster/load cluster/planner cluster/reports
+                                    cluster/training
 cluster/scaling                     cluster/load cluster/planner cluster/reports
                                     cluster/control
 cluster/spec                        proto cluster cluster/service cluster/batching
@@ -88,8 +89,8 @@ actors/router_service               proto kernels models/trunk cluster cluster/b
                                     actors/transport actors/transport/grpc actors/engine
                                     actors/router
 actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
-                                    cluster/control cluster/scaling cluster/spec actors/runtime
-                                    actors/host actors/router_service
+                                    cluster/training cluster/control cluster/scaling cluster/spec
+                                    actors/runtime actors/host actors/router_service
 actors/endpoint/openai              proto cluster/routing actors/text actors/engine
 actors/endpoint/http                proto cluster/reports cluster/service cluster/spec
                                     actors/runtime actors/engine actors/endpoint/openai

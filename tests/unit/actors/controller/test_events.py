@@ -14,8 +14,10 @@ from moesaic.cluster.placement import HostEntry
 from moesaic.cluster.planner.plan import FleetGroup, OperatorConstraints
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
 from moesaic.cluster.scaling.fleet import Fleet
+from moesaic.cluster.training.runs import RUN_LEASE_S
 from tests.helpers.cluster.control_world import ControlWorld
 from tests.helpers.cluster.fleet_world import started
+from tests.helpers.cluster.training_world import TrainingWorld
 from tests.unit.cluster.control.test_idle_models import SleepyWorld
 
 Caught = pytest.LogCaptureFixture
@@ -142,3 +144,24 @@ def test_a_host_comes_falls_silent_dies_and_is_replaced(caplog: Caught) -> None:
         again = told(caplog)
         step()
         assert (again, told(caplog)) == (expected, [])
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_that_ends_and_one_that_is_not_heard(caplog: Caught, lost: bool) -> None:
+    world = TrainingWorld()
+    events = Events(
+        world.control,
+        Fleet([FleetGroup(count=2, min_count=1, max_count=2)], ScalePolicy(), pending_s=1.0),
+    )
+    world.begin("ann")
+    events.tick()
+    assert "run 1 (ann) that trains m begins" in told(caplog)
+    if lost:
+        watched(world, events, lambda: world.rounds(RUN_LEASE_S + 1.0))
+    else:
+        world.control.training.end(1)
+        events.tick()
+    level, why = (logging.WARNING, "nothing was heard of it for 30 s") if lost else (20, "it was")
+    (ended,) = [one for one in caplog.records if "has ended" in one.getMessage()]
+    assert ended.levelno == level
+    assert f"run 1 (ann) that trains m has ended: {why}" in ended.getMessage()

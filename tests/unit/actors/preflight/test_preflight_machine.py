@@ -41,6 +41,29 @@ def test_vllm_reads_no_quantised_trunk(tmp_path: Path, monkeypatch: pytest.Monke
     assert "quantised (mxfp4)" in engine[0].message
 
 
+def test_a_quantised_checkpoint_is_not_trained(tmp_path: Path) -> None:
+    FORMS["gpt-oss"](tmp_path / "m")
+    for name in ("m", "m-plain"):
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    refused = [
+        (one.severity, one.path, one.code)
+        for name in ("m", "m-plain")
+        for one in preflight(spec_of(tmp_path / name, model={"train": True})).findings
+        if "train" in one.path
+    ]
+    assert refused == [("error", "models.0.train", "UnsupportedModel")]
+
+
+def test_hosts_on_the_gpus_of_this_machine_do_not_train(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    hosts = [{"device": "cpu"}, {"device": "auto"}]
+    trained = spec_of(whole, model={"train": True}, hosts=hosts)
+    (one,) = (one for one in preflight(trained).findings if one.path == "hosts.1.device")
+    assert "set device: cpu, or models.0.train: false" in one.message
+
+
 def test_devices_and_resources_that_a_local_ray_lacks(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -248,3 +248,24 @@ def test_layers_of_the_target_name_only_hosts_that_stay() -> None:
     layer = placement.layers[LayerKey("m", 0)]
     named = {name for expert in range(4) for name in layer.hosts(expert)}
     assert named.isdisjoint(leaving)
+
+
+def test_a_host_that_owns_trained_tensors_leaves_when_the_run_has_taken_them() -> None:
+    world = started(group(3, slots=8))
+    placement = world.control.placement
+    assert placement is not None
+    run = world.control.training.begin("m", placement.layers, who="me", unix_s=0.0, now=world.now)
+    for name, owned in (("host-0", 5), ("host-1", 2), ("host-2", 90)):
+        world.hosts[name].run, world.hosts[name].owned = run.run, owned
+    world.tick()
+    (leaver,) = world.scale(2)
+    assert leaver == "host-1", "it has least to hand over"
+    world.finish(20)
+    assert leaver in world.hosts
+    assert stage(world) == "draining", "room is not what it waits for"
+    report = world.fleet.scaling_report(world.fleet.scalings.all[-1], world.control, world.now)
+    assert report.obstacles[leaver].startswith("owns 2 tensors of the run that trains m")
+    world.control.training.renew(run.run, world.now)
+    world.hosts[leaver].owned = 0
+    world.finish(20)
+    assert leaver not in world.hosts
