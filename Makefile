@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUICK := "not slow and not cuda and not vllm"
+# The files that may have tests with a mark, so that the others are not imported for nothing, which
+# takes 10 s; none where ARGS name files. tests/conftest.py sees that none is missed.
+marked = $(if $(findstring tests/,$(ARGS)),,$(shell grep -rlE $(1) tests --include='test_*.py'))
 
 .PHONY: up test test-all test-numeric test-vllm test-lowest test-clients lint types bench proto spec reports docs clean
 
@@ -13,14 +16,15 @@ up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 # Tests that share no process and no port run side by side; pytest ends with 5 where ARGS leave none.
 test: $(READY)  ## all tests that take less than minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m $(QUICK)" and not alone" $(ARGS) || test $$? = 5
-	@$(BIN)/python -m pytest -m $(QUICK)" and alone" $(ARGS) || test $$? = 5
+	@$(BIN)/python -m pytest -m $(QUICK)" and alone" \
+		$(call marked,'ON_RAY|mark\.alone') $(ARGS) || test $$? = 5
 
 # A sum rounds otherwise on another CPU, and a near tie may be decided otherwise: once more with the
 # fewest instructions that are supported.
 test-numeric: $(READY)  ## the numeric tests on AVX2, where the CPU has more
 	@grep -qm1 avx512 /proc/cpuinfo || { echo "this CPU has no more than AVX2"; exit 0; }; \
 		ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n 2 -m $(QUICK)" and numeric" $(ARGS)
+		$(BIN)/python -m pytest -n 2 -m $(QUICK)" and numeric" $(call marked,'mark\.numeric') $(ARGS)
 
 test-all: $(READY)  ## the slow ones too, and texts and faults again with lent experts
 	@MOESAIC_TESTS=all $(BIN)/python -m pytest -m "not vllm" $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -30,7 +31,16 @@ transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
 
+# By these words the Makefile finds the files that have tests with a mark.
+WORDS = {"alone": r"ON_RAY|mark\.alone", "numeric": r"mark\.numeric"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for mark, words in WORDS.items():
+        files = {item.path for item in items if item.get_closest_marker(mark)}
+        for file in files:
+            if not re.search(words, file.read_text()):
+                raise pytest.UsageError(f"{file}: has the mark {mark} without {words} in its text")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

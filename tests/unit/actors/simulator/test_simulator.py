@@ -37,9 +37,9 @@ from moesaic.cluster.scaling.fleet import Fleet
 from moesaic.cluster.weight_updates import WeightUpdates
 from moesaic.proto.errors import HostLost
 from moesaic.proto.expert_pb2 import Frame
-from tests.helpers.effort import ALL, tries
+from tests.helpers.effort import ALL
 
-SEEDS, GROUPS = tries(200), 10
+SEEDS, GROUPS = 200 if ALL else 30, 10
 # Short, so that a seed takes less than a second.
 FAULTS_S = 7.0
 
@@ -54,12 +54,15 @@ def test_invariants_hold_under_faults(group: int) -> None:
         assert done.faults
 
 
-PROBE = "from moesaic.actors.simulator.world import run_seed; print(run_seed(7).digest)"
+PROBE = f"""
+from moesaic.actors.simulator.world import run_seed
+print(run_seed(7, faults_s={FAULTS_S}).digest)
+"""
 
 
 def test_a_seed_does_the_same_in_every_process() -> None:
     """The order of sets of names differs from process to process."""
-    digests = {run_seed(7).digest}
+    digests = {run_seed(7, faults_s=FAULTS_S).digest}
     for hash_seed in ("1", "2"):
         done = subprocess.run(
             [sys.executable, "-c", PROBE],
@@ -71,7 +74,7 @@ def test_a_seed_does_the_same_in_every_process() -> None:
         )
         digests.add(done.stdout.strip())
     assert len(digests) == 1
-    assert run_seed(8).digest not in digests
+    assert run_seed(8, faults_s=FAULTS_S).digest not in digests
 
 
 def test_a_run_leaves_no_descriptor_and_no_memory() -> None:
@@ -85,10 +88,12 @@ def test_a_run_leaves_no_descriptor_and_no_memory() -> None:
         )
 
     run_seed(0, faults_s=1.0)
-    before, faults = left(), set[str]()
-    for seed in range(1, 10):
+    wanted, before, faults = {"memory adopted", "keeper killed"}, left(), set[str]()
+    seeds = itertools.count(1 if ALL else 7)
+    while not wanted <= faults:
+        seed = next(seeds)
+        assert seed < 40, faults
         faults |= run_seed(seed, faults_s=4.0).faults.keys()
-    assert {"memory adopted", "keeper killed"} <= faults
     assert left() == before
 
 
@@ -223,8 +228,17 @@ def number_updates_anew(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WeightUpdates, "_next", number)
 
 
-# How many seeds do not show a bug; they take a minute.
-SKIPPED: dict[Any, int] = {use_slots_that_have_changed: 70, change_versions_within_a_call: 50}
+# The seed that shows a bug, where the first ones do not. `make test` begins with it; a change of
+# the product may move it to a later one.
+SHOWN_BY: dict[Any, int] = {
+    reuse_a_slot_after_its_deadline: 4,
+    use_a_host_s_name_again: 20,
+    change_versions_within_a_call: 57,
+    use_slots_that_have_changed: 75,
+    forget_the_versions_of_the_controller_before: 6,
+    read_the_checkpoint_after_an_update: 6,
+    number_updates_anew: 3,
+}
 
 
 @pytest.mark.parametrize(
@@ -252,7 +266,7 @@ def test_planted_bugs_are_found(
     plant: Callable[[pytest.MonkeyPatch], None], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch)
-    done = first_violation(0 if ALL else SKIPPED.get(plant, 0), 120)
+    done = first_violation(0 if ALL else SHOWN_BY.get(plant, 0))
     assert done.violation is not None
     assert done.violation.invariant == found, done.violation
     assert done.violation.message
@@ -261,6 +275,6 @@ def test_planted_bugs_are_found(
     assert (again.violation, again.digest) == (done.violation, done.digest), "it replays"
 
 
-def first_violation(first: int, seeds: int) -> SeedRun:
-    runs: Any = (run_seed(seed, faults_s=FAULTS_S) for seed in range(first, seeds))
+def first_violation(first: int) -> SeedRun:
+    runs: Any = (run_seed(seed, faults_s=FAULTS_S) for seed in range(first, first + 120))
     return next(run for run in runs if run.violation is not None)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.routing.lending_share import PARTS, LendingShare
+from tests.helpers.effort import tries
 
 
 def run(
@@ -24,6 +25,7 @@ def run(
 TIMES = st.fixed_dictionaries({part: st.floats(1e-5, 1e-1) for part in PARTS})
 
 
+@settings(max_examples=tries(100))
 @given(TIMES)
 def test_trying_costs_little(seconds: dict[float, float]) -> None:
     share = LendingShare()
