@@ -167,7 +167,10 @@ class Training:
         placement = self._control.placement
         if asked.under_way or placement is None:
             return False
-        return bool(asked.error) or placement.versions.models.get(asked.model, FIRST_VERSION) >= asked.version
+        return (
+            bool(asked.error)
+            or placement.versions.models.get(asked.model, FIRST_VERSION) >= asked.version
+        )
 
     def _keep(self) -> None:
         now = self._control.training.snapshot()
