@@ -44,7 +44,8 @@ class BulkKey(NamedTuple):
 class OpenRun:
     """Begin a run; the host forgets what older runs have left. Raises Superseded for an older one.
 
-    The answer is None.
+    One that was closed begins anew: a run lets a host that it has lost sight of do both. The answer
+    is None.
     """
 
     run: RunId
@@ -163,7 +164,7 @@ class Renew:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseRun:
-    """Forget a run with all that the host owns for it. The answer is None."""
+    """Forget a run with all that the host owns and has added up for it. The answer is None."""
 
     run: RunId
 
