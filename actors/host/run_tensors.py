@@ -57,6 +57,7 @@ class RunTensors:
         self._groups: dict[ExpertKey, dict[str, int]] = {}
         self._versions: dict[ExpertKey, int] = {}  # of the weights that masters are now
         self._last: _LastCommit | None = None
+        self._last_served: Mapping[ExpertKey, int] = {}  # before `take_version`
         self._attempt: Attempt | None = None
         self._own: dict[ExpertKey, Mapping[str, Tensor]] = {}
         self._summed: set[ExpertKey] = set()
@@ -164,14 +165,10 @@ class RunTensors:
     def kept_gradient(self, key: ExpertKey, source: str) -> Mapping[str, Tensor]:
         """Return a gradient of the attempt that is on this host, to read. Raises NotHere."""
         with self._holding():
-            if key.layer == TRUNK:
+            if source != self._host:
                 found = self._put.get((key, source))
             else:
-                found = (
-                    self._own.get(key)
-                    if self.gathered is not None and source == self._host
-                    else None
-                )
+                found = self._own.get(key) if self.gathered is not None else None
         if found is None:
             raise NotHere(f"{key}: {self._host} has no gradient of {source} in {self._attempt}")
         return found
@@ -210,6 +207,14 @@ class RunTensors:
             self._versions = dict.fromkeys(self._versions, version)
             return self._last.before
 
+    def take_version(self, version: int) -> Mapping[ExpertKey, int]:
+        """Call the masters' values ``version``; return what each owned key was before."""
+        with self._holding():
+            if set(self._versions.values()) != {version}:
+                self._last_served = self._versions
+                self._versions = dict.fromkeys(self._versions, version)
+            return self._last_served
+
     # ---- other processes ------------------------------------------------------------------------
 
     def check_key(self, key: ExpertKey) -> None:
@@ -247,7 +252,7 @@ class RunTensors:
             }
 
     def put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a gradient of a block of the trunk, or what a key is to be owned from.
+        """Keep a gradient, or what a key is to be owned from.
 
         What was put before is replaced. Raises NotHere, CallError, and Busy if there is no room.
         """
@@ -284,8 +289,6 @@ class RunTensors:
 
     def _put_gradient(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
         key = given.key
-        if key.layer != TRUNK:
-            raise CallError(f"{key}: gradients of experts are not put, but fetched")
         with self._holding():
             if given.attempt is None or given.attempt != self._attempt:
                 raise NotHere(f"{key}: {given.attempt} is not under way on {self._host}")

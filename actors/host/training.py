@@ -37,6 +37,7 @@ from ...cluster.training.orders import (
     Reduce,
     Renew,
     RunId,
+    Serve,
 )
 from ...proto.errors import BadInput, Busy, CallError, MoesaicError, NotHere, Superseded
 from .gradients import HostGradients
@@ -128,6 +129,9 @@ class HostTraining:
                     return self._reduce(order)
                 case Commit():
                     return self._commit(order)
+                case Serve():
+                    run = self._run_of(order.run)
+                    self._serve_owned(run, run.take_version(order.version), order.version)
                 case Renew():
                     return self._renew(order)
         finally:
@@ -183,7 +187,7 @@ class HostTraining:
         for key, new in order.keys.items():
             run.check_key(key)
             if not run.owns(key, new.groups):
-                self._become_owner(run, key, new, order.version)
+                self._become_owner(run, key, new, order.versions.of(key))
 
     def _become_owner(self, run: RunTensors, key: ExpertKey, new: NewlyOwned, version: int) -> None:
         if (state := run.given(key, "state")) is not None:
@@ -244,13 +248,11 @@ class HostTraining:
             return sums if sources is None else None
         masters = run.owned.masters(key)
         for source in sources:
-            if key.layer == TRUNK or source == self._host:
+            if source not in order.peers:
                 # Nobody changes it before the commit, so a single one need not be copied.
                 kept = run.kept_gradient(key, source)
                 _add(sums, key, masters, kept, copy=len(sources) > 1)
                 continue
-            if source not in order.peers:
-                raise BadInput(f"{key}: peers: there is no address of {source}")
             wanted = BulkKey("gradient", key, attempt=order.attempt, source=source)
             with self._links.get(order.peers[source], wanted, timeout_s=FETCH_S) as found:
                 _add(sums, key, masters, found, copy=True)
@@ -259,19 +261,23 @@ class HostTraining:
     def _commit(self, order: Commit) -> None:
         run = self._run_of(order.attempt.run)
         before = run.commit(order.attempt, order.version, order.groups)
+        self._serve_owned(run, before, order.version)
+
+    def _serve_owned(self, run: RunTensors, before: Mapping[ExpertKey, int], version: int) -> None:
+        """Serve owned experts as ``version``, which are served as that ``before``."""
         due = [
-            (key, version)
-            for key, version in before.items()
-            if key in run.owned and self._residency.serves(ExpertVersion(key, version))
+            ExpertVersion(key, held)
+            for key, held in before.items()
+            if key in run.owned and self._residency.serves(ExpertVersion(key, held))
         ]
         for some in _parts(due):
             self._serve(
                 [
                     (
-                        ExpertVersion(key, order.version),
-                        self._whole(ExpertVersion(key, version), run.owned.weights(key)),
+                        ExpertVersion(held.key, version),
+                        self._whole(held, run.owned.weights(held.key)),
                     )
-                    for key, version in some
+                    for held in some
                 ]
             )
 

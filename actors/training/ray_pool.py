@@ -41,6 +41,7 @@ class RayTrainingPool:
             domains=news.domains,
             holders=_holders(self._router, self._model),
             leaving=news.leaving,
+            old_versions=news.old_versions,
         )
 
     def order(

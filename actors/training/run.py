@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from ...cluster.expert_keys import TRUNK, ExpertKey
 from ...cluster.spec.text import bytes_of
 from ...cluster.training.orders import BulkKey, GroupUpdate, Order
 from ...cluster.training.steps import Answers, Exchange, PoolNow, RunPlan, Squares, TrainingSteps
+from ...cluster.versions import WeightVersions
 from ...models.export.plan import plan_export
 from ...models.export.training_checkpoint import read_checkpoint
 from ...proto.errors import (
@@ -49,6 +51,7 @@ PUBLISH_S = 60.0
 # How often the run tells the controller that it goes on, and looks at the pool's hosts.
 LOOK_S = 1.0
 _END_S = 10.0
+_PAUSE_S = 0.01
 
 T = TypeVar("T")
 
@@ -95,9 +98,10 @@ class PoolRun:
         trunk: LearningTrunk,
         plan: RunPlan,
         *,
-        version: int,
+        versions: WeightVersions,
+        next_version: int,
     ) -> None:
-        """Begin the run, with the weights of ``version`` and those of the trunk.
+        """Begin the run, with the served weights, which have ``versions``, and those of the trunk.
 
         ``close`` ends it, and closes ``links``. Raises ClusterError.
         """
@@ -119,8 +123,8 @@ class PoolRun:
         self._saving: Future[None] | None = None
         # Held during each exchange with hosts: the keeper of the lease has some of its own.
         self._lock = threading.Lock()
-        self._steps = TrainingSteps(plan, pool.now(), version=version)
-        self._served = version
+        self._steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=next_version)
+        self._served = versions
         self._without: frozenset[int] | None = None  # layers; None: nothing is summed up yet
         self._squares: Squares = {}
         self._over: MoesaicError | None = None
@@ -129,9 +133,9 @@ class PoolRun:
         self._keeper = threading.Thread(target=self._keep, name="training-run", daemon=True)
         try:
             self._exchange(self._steps.open())
-            self._each_block(self._blocks, self._put_weights)
+            self._each(self._blocks, self._put_weights)
             self._exchange(self._steps.own())
-            trunk.learning.begin(self._steps.attempt)
+            self._begun()
             self._keeper.start()
         except BaseException:
             self.close()
@@ -207,18 +211,27 @@ class PoolRun:
                     for key, names in self._blocks.items()
                     if any(name in trunk for name in names)
                 ]
-                self._each_block(keys, lambda key: self._put_gradients(key, trunk))
+                self._each(
+                    keys,
+                    lambda key: self._put_gradients(
+                        key, {name: trunk[name] for name in self._blocks[key] if name in trunk}
+                    ),
+                )
                 self._exchange(self._steps.reduce_trunk(keys, self._trunk.name))
                 self._await_saving()
+                self._await_room()
                 self._exchange(self._steps.commit(groups))
             self._settle()
 
     def drop(self) -> None:
-        """Forget the gradients that were added up; the next attempt begins. Raises StepLost."""
+        """Forget the gradients that were added up; the next attempt begins.
+
+        Raises ClusterError if the run cannot go on.
+        """
         with self._lock:
             self._check()
             self._trunk.learning.end("its gradients were dropped")
-            if self._served != self._steps.version:
+            if self._served != self._steps.versions:
                 self._settle()
                 return
             self._exchange(self._steps.again(self._pool.now()))
@@ -303,29 +316,41 @@ class PoolRun:
         without = frozenset(every - learning.layers)
         learning.end("the step's gradients are summed up; call step() or zero_grad() first")
         with self._attempt():
-            self._squares = self._exchange(self._steps.reduce_experts(without))
+            own = learning.take()
+            self._each(own, lambda key: self._put_gradients(key, own.pop(key)))
+            put = {self._trunk.name: frozenset(own)}
+            self._squares = self._exchange(self._steps.reduce_experts(without, put=put))
         self._without = without
 
     def _settle(self) -> None:
         """Serve what was committed, take the trunk's new weights, and begin the next attempt."""
         steps = self._steps
-        self._pool.publish(steps.version, PUBLISH_S)
-        self._each_block(self._blocks, self._get_weights)
-        self._served = steps.version
+        self._pool.publish(steps.versions.models[self._plan.model], PUBLISH_S)
+        self._each(self._blocks, self._get_weights)
+        self._served = steps.versions
         self._exchange(steps.begin())
         self._begun()
 
     def _begun(self) -> None:
         self._without, self._squares = None, {}
-        self._trunk.learning.begin(self._steps.attempt)
+        if lost := self._steps.lost:
+            self._trunk.learning.end(f"{lost}; call zero_grad() to try again")
+        else:
+            self._trunk.learning.begin(self._steps.attempt)
+
+    def _await_room(self) -> None:
+        """Wait until hosts have no version before the served one: they hold two at a time."""
+        until = time.monotonic() + PUBLISH_S
+        while self._pool.now().old_versions and time.monotonic() < until:
+            time.sleep(_PAUSE_S)
 
     def _put_weights(self, key: ExpertKey) -> None:
-        given = BulkKey("weights", key, version=self._steps.version, run=self.run)
+        given = BulkKey("weights", key, run=self.run)
         self._put(given, {name: self._parameters[name].detach() for name in self._blocks[key]})
 
-    def _put_gradients(self, key: ExpertKey, trunk: Mapping[str, Tensor]) -> None:
-        given = BulkKey("gradient", key, attempt=self._steps.attempt, source=self._trunk.name)
-        self._put(given, {name: trunk[name] for name in self._blocks[key] if name in trunk})
+    def _put_gradients(self, key: ExpertKey, gradients: Mapping[str, Tensor]) -> None:
+        attempt, source = self._steps.attempt, self._trunk.name
+        self._put(BulkKey("gradient", key, attempt=attempt, source=source), gradients)
 
     def _put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
         for entry in self._steps.owning(given.key):
@@ -342,7 +367,7 @@ class PoolRun:
     ) -> Iterator[Mapping[str, Tensor]]:
         """Return tensors of a key after the last commit, from the first host that answers."""
         steps = self._steps
-        wanted = BulkKey(kind, key, version=steps.version, run=self.run)
+        wanted = BulkKey(kind, key, version=steps.versions.of(key), run=self.run)
         error: MoesaicError | None = None
         for entry in steps.having(key) if kind == "weights" else steps.owning(key):
             with ExitStack() as stack:
@@ -407,7 +432,8 @@ class PoolRun:
             if self._lock.acquire(blocking=False):
                 try:
                     if not (self._steps.is_reducing or self._stop.is_set()):
-                        self._exchange(self._steps.follow(now))
+                        for host, error in self._exchange(self._steps.follow(now)).items():
+                            log.warning("run %d: %s: %s", self.run, host, error)
                 except MoesaicError as error:
                     log.warning("run %d: %s", self.run, describe_error(error))
                 finally:

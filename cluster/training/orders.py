@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from ..expert_keys import ExpertKey
 from ..placement import HostEntry
+from ..versions import WeightVersions
 from .contributions import Attempt
 
 # One run trains at a time; hosts know it by a number that grows from run to run.
@@ -44,7 +45,8 @@ class BulkKey(NamedTuple):
 class OpenRun:
     """Begin a run; the host forgets what older runs have left. Raises Superseded for an older one.
 
-    The answer is None.
+    One that was closed begins anew: a run lets a host that it has lost sight of do both. The answer
+    is None.
     """
 
     run: RunId
@@ -73,7 +75,7 @@ class Own:
     """
 
     run: RunId
-    version: int  # of the served weights
+    versions: WeightVersions  # of the weights after the last commit
     keys: Mapping[ExpertKey, NewlyOwned]
 
 
@@ -110,8 +112,8 @@ class Gathered(NamedTuple):
 class Reduce:
     """Sum the gradients of owned keys over their sources, in their order. Answer: `Prepared`.
 
-    Several orders may share the keys of an attempt. Sources of experts are hosts, those of blocks
-    of the trunk are workers, which have put their gradients into this host. Without a source the
+    Several orders may share the keys of an attempt. A source is this host, or one of ``peers``; all
+    others are workers, which have put their gradients into this host. Without a source the
     gradient is zero; None: the key keeps its weights and its state in this step. Names that the
     gradients of all workers lack keep theirs, too.
 
@@ -174,7 +176,7 @@ class Renew:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseRun:
-    """Forget a run with all that the host owns for it. The answer is None."""
+    """Forget a run with all that the host owns and has added up for it. The answer is None."""
 
     run: RunId
 

@@ -1,7 +1,8 @@
 """Which hosts own what is trained.
 
 An owner stays where it is as long as its host stays: its state is three to four times as large as
-the weights. So owners move when hosts leave, and not when experts do.
+the weights. So owners move when hosts leave, and not when experts do; and if all owners of a key
+are in one domain, which fails as a whole, and there is another one again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,18 @@ class _Dealing:
     hosts: OwnerHosts
     owned_bytes: dict[str, int] = field(default_factory=dict)
 
+    def kept(self, owners: Iterable[str], copies: int) -> list[str]:
+        """Return the owners of a key that stay what they are, the first one among them."""
+        domains = self.hosts.domains
+        staying = [host for host in owners if host in domains]
+        # One of each domain first; the others as far as there are not enough domains.
+        firsts = {domains[host]: host for host in reversed(staying)}.values()
+        others = [host for host in staying if host not in firsts]
+        spread = min(copies, len(set(domains.values())))
+        room = copies - max(spread, len(firsts))
+        chosen = {*sorted(firsts, key=staying.index)[:copies], *others[: max(room, 0)]}
+        return [host for host in staying if host in chosen]
+
     def next_owner(self, key: ExpertKey, chosen: Collection[str]) -> str | None:
         """Return one more owner for a key, or None if there is no other host.
 
@@ -51,13 +64,11 @@ def deal_owners(
 ) -> dict[ExpertKey, tuple[str, ...]]:
     """Return ``copies`` owners of each key, or as many as there are hosts, the first one first.
 
-    Owners in ``before`` whose hosts stay are kept. The result depends on the arguments alone.
+    Owners in ``before`` whose hosts stay are kept, if they are in as many domains as possible. The
+    result depends on the arguments alone.
     """
     dealing = _Dealing(hosts, dict.fromkeys(hosts.domains, 0))
-    kept = {
-        key: [host for host in (before or {}).get(key, ()) if host in hosts.domains]
-        for key in sizes_bytes
-    }
+    kept = {key: dealing.kept((before or {}).get(key, ()), copies) for key in sizes_bytes}
     for key, chosen in kept.items():
         for host in chosen:
             dealing.owned_bytes[host] += sizes_bytes[key]

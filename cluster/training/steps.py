@@ -6,7 +6,13 @@ and returns when it is over; who runs it sends the orders (`actors/training/run.
 anything may fail: StepLost, and the next attempt begins with the weights of the last commit.
 
 A decision to commit is final. A host that does not carry it out has lost what it owns; while each
-key has another owner, nothing is lost.
+key has another owner, nothing is lost. Otherwise the run is broken, and each exchange but `close`
+raises ClusterError.
+
+A host whose answer is missing may have carried out its order. So `begin` and `again` never use a
+number of an attempt twice; an attempt is lost if a host may take part in it that is not known to;
+and what a host was asked to own is `_left` with it until it says that it owns it, or has forgotten
+it. Orders of a run reach a host in the order in which they are sent, however late.
 """
 
 from __future__ import annotations
@@ -15,9 +21,10 @@ from collections.abc import Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ...proto.errors import ClusterError, MoesaicError, StepLost
+from ...proto.errors import ClusterError, MoesaicError, NotHere, StepLost
 from ..expert_keys import TRUNK, ExpertKey
 from ..placement import HostEntry
+from ..versions import WeightVersions
 from .contributions import Attempt
 from .orders import (
     Answer,
@@ -53,6 +60,8 @@ Exchange = Generator[Mapping[str, Order], Answers, T]
 
 Squares = dict[ExpertKey, Mapping[str, float]]
 
+_NOT_BEGUN = "not all hosts have begun it"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolNow:
@@ -63,6 +72,8 @@ class PoolNow:
     # The hosts that serve each expert of the model. A host that has just begun may be missing.
     holders: Mapping[ExpertKey, tuple[str, ...]]
     leaving: frozenset[str] = frozenset()  # they are drained, and own nothing new
+    # Versions before the served one that some host still holds.
+    old_versions: frozenset[int] = frozenset()
 
     def incarnations(self) -> dict[str, int]:
         return {host: entry.incarnation for host, entry in self.entries.items()}
@@ -93,34 +104,47 @@ class RunPlan:
 class _Reduction:
     """The gradients of an attempt, from the first order to sum them up until its end."""
 
-    sources: dict[ExpertKey, tuple[str, ...]] = field(default_factory=dict)
+    keys: set[ExpertKey] = field(default_factory=set)  # that owners have prepared
     squares: Squares = field(default_factory=dict)
 
 
 class TrainingSteps:
     """The state of one run. It is used by one thread at a time."""
 
-    def __init__(self, plan: RunPlan, pool: PoolNow, *, version: int) -> None:
-        """Begin with the weights of ``version``, which are served. Raises ClusterError."""
+    def __init__(
+        self, plan: RunPlan, pool: PoolNow, *, versions: WeightVersions, next_version: int
+    ) -> None:
+        """Begin with the weights that are served, which have ``versions``.
+
+        The first commit has ``next_version``. Raises ClusterError.
+        """
         self.plan = plan
         self.step = 0  # steps that were committed
-        self.version = version  # of the weights after the last commit
+        self.versions = versions  # of the weights after the last commit
+        self._next_version = next_version
         self.broken = ""  # why the run cannot go on
         self._pool = pool
-        self._number = 0
-        self._lost = ""  # why the attempt under way cannot be committed
+        self._number = 0  # of the attempt; each step's first one is 1
+        self._lost = _NOT_BEGUN  # why the attempt cannot be committed
         self._reduction: _Reduction | None = None
         # Hosts that know the run, and in which incarnation they came to know it.
         self._members: dict[str, int] = {}
-        # What hosts still have to forget, because others own it by now.
+        # What hosts have to forget: others own it by now, or an order to own it may have failed.
         self._left: dict[str, set[ExpertKey]] = {}
-        self.owners: Owners = self._dealt(None)
+        # The first owners alone; `own` copies what they own to the others.
+        self.owners: Owners = {}
+        self.owners = {key: hosts[:1] for key, hosts in self._dealt(pool.entries).items()}
         if none := ownerless(self.owners):
             raise ClusterError(f"no host can own {none[0]}: no host of the pool stays")
 
     @property
     def attempt(self) -> Attempt:
         return Attempt(self.plan.run, self.step, self._number)
+
+    @property
+    def lost(self) -> str:
+        """Why the attempt cannot be committed any more; empty if it can."""
+        return self.broken or self._lost
 
     def owning(self, key: ExpertKey) -> list[HostEntry]:
         """Return the owners of a key."""
@@ -141,15 +165,18 @@ class TrainingSteps:
     def own(self) -> Exchange[None]:
         """Let owners take over what is trained, and begin the first attempt. Raises ClusterError.
 
-        Before this, who runs the exchange puts what hosts do not have into `owning`.
+        Before this, who runs the exchange puts what hosts do not have into `owning`: those of the
+        first owners. The others copy it from them.
         """
         found = yield {host: self._own(keys) for host, keys in keys_by_host(self.owners).items()}
         _raise_first(found, "become the owner of what is trained")
+        failed = yield from self._move(self._dealt(self._members))
+        _raise_first(failed, "become another owner of what is trained")
         yield from self._begin()
 
     def close(self) -> Exchange[None]:
         """Let all hosts forget the run; those that do not answer forget it with the next one."""
-        yield dict.fromkeys(self._members, CloseRun(run=self.plan.run))
+        yield dict.fromkeys(self._pool.entries, CloseRun(run=self.plan.run))
 
     def lose(self, why: str) -> StepLost:
         """End the attempt under way; return the error that says so."""
@@ -160,20 +187,29 @@ class TrainingSteps:
     def again(self, pool: PoolNow) -> Exchange[None]:
         """Forget what was added up, and begin the next attempt at the step.
 
-        Raises StepLost if that fails, and if the run cannot go on.
+        If a host fails to begin it, it is `lost` from the beginning.
         """
         self._check()
-        self._number += 1
-        self._reduction = None
+        self._lost, self._reduction = _NOT_BEGUN, None
         yield from self.follow(pool)
         yield from self._begin()
 
-    def reduce_experts(self, without: Collection[int] = ()) -> Exchange[Squares]:
+    def reduce_experts(
+        self,
+        without: Collection[int] = (),
+        *,
+        put: Mapping[str, Collection[ExpertKey]] | None = None,
+    ) -> Exchange[Squares]:
         """End the backward calls, and sum the experts' gradients up; return sums of squares.
 
-        Experts of layers in ``without`` are not updated in this step. Raises StepLost.
+        Experts of layers in ``without`` are not updated in this step. ``put`` says of which experts
+        a worker has put gradients of its own into the owners. Raises StepLost.
         """
         self._check_attempt()
+        # A host commits all that it owns, so it may own no more than it prepares.
+        yield from self._let_forget()
+        if late := self._left.keys() & keys_by_host(self.owners).keys():
+            raise self._is_lost(f"{min(late)} may still own what others own by now")
         found = yield dict.fromkeys(self._members, Gather(attempt=self.attempt))
         sources: dict[ExpertKey, tuple[str, ...] | None] = {
             key: None if key.layer in without else ()
@@ -181,13 +217,15 @@ class TrainingSteps:
             if key.layer != TRUNK
         }
         reduction = _Reduction()
-        for host in sorted(found):
-            answer = self._or_lost(found[host], host, Gathered)
-            for key in answer.keys & sources.keys():
+        given: dict[str, Collection[ExpertKey]] = {
+            host: self._or_lost(answer, host, Gathered).keys for host, answer in found.items()
+        }
+        for source, keys in sorted((given | dict(put or {})).items()):
+            for key in sources.keys() & keys:
                 have = sources[key]
                 if have is None:
-                    raise self._is_lost(f"{key} has gradients from {host}, and is to be left out")
-                sources[key] = (*have, host)
+                    raise self._is_lost(f"{key} has gradients from {source}, and is to be left out")
+                sources[key] = (*have, source)
         self._reduction = reduction
         return (yield from self._reduce(reduction, sources))
 
@@ -208,25 +246,34 @@ class TrainingSteps:
     def commit(self, groups: Mapping[int, GroupUpdate]) -> Exchange[None]:
         """Apply what was summed up at all owners, and let replicas have the new weights.
 
-        Afterwards `version` can be served. Raises StepLost if what some keys were is lost.
+        Afterwards `versions` can be served. Raises StepLost while nothing is applied, and
+        ClusterError if the state of some keys is lost.
         """
         self._check_attempt()
         assert self._reduction is not None, "nothing is summed up"
-        order = Commit(attempt=self.attempt, version=self.version + 1, groups=groups)
+        missing = self.plan.tensors.keys() - self._reduction.keys
+        assert not missing, f"{min(missing)} is not summed up"
+        # If the exchange is left before its end, nobody knows who has applied it.
+        self.broken = (
+            f"the commit of {self.attempt} was interrupted, and some owners may have applied it; "
+            "go back to a checkpoint"
+        )
+        order = Commit(attempt=self.attempt, version=self._next_version, groups=groups)
         found = yield dict.fromkeys(keys_by_host(self.owners), order)
         # It may have been applied although no answer came, so it is asked for once more.
-        failed = [host for host, answer in found.items() if isinstance(answer, MoesaicError)]
-        if failed:
-            found = {**found, **(yield dict.fromkeys(failed, order))}
-        gone = {host: answer for host, answer in found.items() if isinstance(answer, MoesaicError)}
-        self._leave(gone, f"{self.attempt} could not be committed")
-        self.step, self.version, self._number = self.step + 1, self.version + 1, 0
-        self._reduction = None
+        gone = _errors(found)
+        if gone:
+            gone = _errors((yield dict.fromkeys(gone, order)))
+        self._leave(gone, f"hosts did not commit {self.attempt}")
+        self.broken = ""
+        self.step, self._number = self.step + 1, 0
+        self._lost, self._reduction = _NOT_BEGUN, None
+        self._count_version()
         # A host that fails here lacks the version, and the controller lets it load it.
         yield self._renewals()
 
     def begin(self) -> Exchange[None]:
-        """Begin the first attempt at the next step. Raises StepLost."""
+        """Begin the first attempt at the next step; if a host fails to, it is `lost`."""
         self._check()
         yield from self._begin()
 
@@ -250,8 +297,9 @@ class TrainingSteps:
         self._reduction = None
         found = yield {host: self._own(keys) for host, keys in keys_by_host(self.owners).items()}
         _raise_first(found, "become the owner of what is trained")
-        self.step, self.version, self._number = step, self.version + 1, 0
-        order = Serve(run=self.plan.run, version=self.version)
+        self.step, self._number, self._lost = step, 0, _NOT_BEGUN
+        order = Serve(run=self.plan.run, version=self._next_version)
+        self._count_version()
         _raise_first((yield dict.fromkeys(keys_by_host(self.owners), order)), "serve what it owns")
         yield self._renewals()
 
@@ -262,10 +310,11 @@ class TrainingSteps:
         """Whether owners have begun to sum up; they stay what they are until the attempt ends."""
         return self._reduction is not None
 
-    def follow(self, pool: PoolNow) -> Exchange[None]:
+    def follow(self, pool: PoolNow) -> Exchange[dict[str, MoesaicError]]:
         """Take note of the pool's hosts; owners follow. An attempt under way may be lost by that.
 
-        Raises StepLost if the run cannot go on.
+        Returns the errors of hosts that could not do their part; they are asked again the next
+        time. Raises ClusterError if the run cannot go on.
         """
         assert not self.is_reducing, "owners are summing up"
         self._check()
@@ -273,50 +322,65 @@ class TrainingSteps:
         now = pool.incarnations()
         gone = {host: "it is gone" for host, known in before.items() if now.get(host) != known}
         self._leave(gone, "hosts were lost")
-        # One that fails to begin is asked again the next time, and owns nothing until then.
-        yield from self._enter({h: e for h, e in pool.entries.items() if h not in self._members})
-        yield from self._move(self._dealt(self.owners))
-        yield from self._let_forget()
+        # A host owns nothing until it was seen again: when it began the run, it may have been
+        # another incarnation already than the one of `pool`.
+        known = set(self._members)
+        new = {h: e for h, e in pool.entries.items() if h not in self._members}
+        failed = yield from self._enter(new)
+        failed |= yield from self._let_forget()
+        failed |= yield from self._move(self._dealt(known))
+        failed |= yield from self._let_forget()
+        return failed
 
-    def _move(self, wanted: Owners) -> Exchange[None]:
-        """Copy what has new owners to them; if that fails, what was stays."""
-        wanted = {key: hosts or self.owners[key] for key, hosts in wanted.items()}
-        new = {key: tuple(set(hosts) - set(self.owners[key])) for key, hosts in wanted.items()}
-        source = first_owners(self.owners, (key for key, hosts in new.items() if hosts))
+    def _move(self, wanted: Owners) -> Exchange[dict[str, MoesaicError]]:
+        """Copy what has new owners to them; return the failures.
+
+        What cannot be copied stays where it was, too.
+        """
+        new = {
+            key: tuple(host for host in hosts if host not in self.owners[key])
+            for key, hosts in wanted.items()
+        }
+        source = first_owners(self.owners, new)
         orders = {
             host: self._own(keys, {key: self._pool.entries[source[key]] for key in keys})
             for host, keys in keys_by_host(new).items()
+            if host not in self._left  # what it has of a key may be of an earlier step
         }
-        if orders:
-            failed = {h for h, a in (yield orders).items() if isinstance(a, MoesaicError)}
-            for host in failed:  # it may have taken some over
-                self._left.setdefault(host, set()).update(orders[host].keys)
-            found = without_hosts(new, failed)
-            wanted = {
-                key: tuple(h for h in hosts if h in found[key] or h in self.owners[key])
-                if new[key] == found[key]
-                else self.owners[key]
-                for key, hosts in wanted.items()
-            }
-        for host, keys in keys_by_host(self.owners).items():
-            gone = {key for key in keys if host not in wanted[key]}
-            self._left.setdefault(host, set()).update(gone)
-        for host, keys in keys_by_host(wanted).items():
-            self._left.get(host, set()).difference_update(keys)
-        self.owners = wanted
+        for host, order in orders.items():
+            self._left[host] = set(order.keys)
+        failed = _errors((yield orders) if orders else {})
+        for host in orders.keys() - failed:
+            del self._left[host]
+        owners: dict[ExpertKey, tuple[str, ...]] = {}
+        for key, hosts in wanted.items():
+            old = self.owners[key]
+            took = [h for h in hosts if h in old or (h in orders and h not in failed)]
+            if len(took) < len(hosts) or not hosts:
+                took += [host for host in old if host not in took]
+            owners[key] = tuple(took)
+            for host in old:
+                if host not in took:
+                    self._left.setdefault(host, set()).add(key)
+        self.owners = owners
+        return failed
 
-    def _let_forget(self) -> Exchange[None]:
-        self._left = {h: keys for h, keys in self._left.items() if keys and h in self._members}
-        orders = {h: Disown(run=self.plan.run, keys=tuple(k)) for h, k in self._left.items()}
-        for host, answer in (yield orders).items():
-            if not isinstance(answer, MoesaicError):
-                del self._left[host]
+    def _let_forget(self) -> Exchange[dict[str, MoesaicError]]:
+        """Let hosts forget what they do not own any more; return the failures."""
+        if not self._left:
+            return {}
+        run = self.plan.run
+        orders = {h: Disown(run=run, keys=tuple(sorted(keys))) for h, keys in self._left.items()}
+        failed = _errors((yield orders))
+        for host in orders.keys() - failed:
+            del self._left[host]
+        return failed
 
     # ---- parts of these -------------------------------------------------------------------------
 
     def _check(self) -> None:
         if self.broken:
-            raise StepLost(self.broken)
+            raise ClusterError(self.broken)
 
     def _check_attempt(self) -> None:
         self._check()
@@ -338,41 +402,53 @@ class TrainingSteps:
         if not gone:
             return
         self._members = {h: known for h, known in self._members.items() if h not in gone}
+        self._left = {h: keys for h, keys in self._left.items() if h not in gone}
         owners = without_hosts(self.owners, gone)
         host, error = next(iter(gone.items()))
         self._lost = self._lost or f"{host}: {error}"
         if lost := ownerless(owners):
+            host = self.owners[lost[0]][0]
             self.broken = (
-                f"{why} ({host}: {error}), and with them the optimizer's state of {lost[0]} "
+                f"{why} ({host}: {gone[host]}), and with them the optimizer's state of {lost[0]} "
                 f"({len(lost)} in all); go back to a checkpoint, or train with redundancy"
             )
-            raise StepLost(self.broken)
+            raise ClusterError(self.broken)
         self.owners = owners
 
-    def _enter(self, entries: Mapping[str, HostEntry]) -> Exchange[Answers]:
+    def _enter(self, entries: Mapping[str, HostEntry]) -> Exchange[dict[str, MoesaicError]]:
         """Let hosts begin the run, and the attempt that is under way; return the failures."""
-        plan, failed = self.plan, dict[str, Answer | MoesaicError]()
-        # A host that did not carry out a commit may have state of before.
+        plan, failed = self.plan, dict[str, MoesaicError]()
         orders: list[Order] = [
+            # A host that did not carry out a commit may have state of before.
             CloseRun(run=plan.run),
             OpenRun(
                 run=plan.run, model=plan.model, optimizer=plan.optimizer, settings=plan.settings
             ),
             Begin(attempt=self.attempt, exact=plan.exact),
         ]
-        for order in orders:
-            found = yield dict.fromkeys(entries.keys() - failed, order)
-            if not isinstance(order, CloseRun):
-                failed |= {h: one for h, one in found.items() if isinstance(one, MoesaicError)}
+        for order in orders if entries else ():
+            asked = [host for host in entries if host not in failed]
+            for host, answer in (yield dict.fromkeys(asked, order)).items():
+                if isinstance(order, CloseRun) and isinstance(answer, NotHere):
+                    continue  # it does not know the run
+                if isinstance(answer, MoesaicError):
+                    failed[host] = answer
+                    if isinstance(order, Begin):
+                        # It may have begun, and add up what nobody will ask it for.
+                        self._lost = self._lost or f"{host}: {answer}"
         self._members |= {h: e.incarnation for h, e in entries.items() if h not in failed}
         return failed
 
     def _begin(self) -> Exchange[None]:
-        self._lost = ""
+        self._number, self._lost = self._number + 1, _NOT_BEGUN
         order = Begin(attempt=self.attempt, exact=self.plan.exact)
-        for host, answer in (yield dict.fromkeys(self._members, order)).items():
-            if isinstance(answer, MoesaicError):
-                raise self._is_lost(f"{host}: {answer}") from answer
+        found = yield dict.fromkeys(self._members, order)
+        self._lost = next((f"{host}: {error}" for host, error in _errors(found).items()), "")
+
+    def _count_version(self) -> None:
+        """Take note that owners have the weights of the next version."""
+        self.versions = WeightVersions({self.plan.model: self._next_version})
+        self._next_version += 1
 
     def _own(
         self, keys: Iterable[ExpertKey], sources: Mapping[ExpertKey, HostEntry] | None = None
@@ -380,20 +456,19 @@ class TrainingSteps:
         taken = {
             key: NewlyOwned(self.plan.tensors[key].groups, (sources or {}).get(key)) for key in keys
         }
-        return Own(run=self.plan.run, version=self.version, keys=taken)
+        return Own(run=self.plan.run, versions=self.versions, keys=taken)
 
-    def _dealt(self, before: Owners | None) -> dict[ExpertKey, tuple[str, ...]]:
+    def _dealt(self, hosts: Iterable[str]) -> dict[ExpertKey, tuple[str, ...]]:
+        """Return who is to own what among ``hosts``, without those that leave."""
         pool, plan = self._pool, self.plan
         staying = {
-            host: pool.domains.get(host) or host
-            for host in (pool.entries if before is None else self._members)
-            if host not in pool.leaving
+            host: pool.domains.get(host) or host for host in hosts if host not in pool.leaving
         }
         return deal_owners(
             {key: one.nbytes for key, one in plan.tensors.items()},
             OwnerHosts(domains=staying, holders=lambda key: pool.holders.get(key, ())),
             copies=1 + plan.redundancy,
-            before=before,
+            before=self.owners,
         )
 
     def _reduce(
@@ -410,6 +485,7 @@ class TrainingSteps:
             answer = self._or_lost(found[host], host, Prepared)
             for key, squares in answer.squares.items():
                 reduction.squares.setdefault(key, squares)
+        reduction.keys |= sources.keys()
         return {key: reduction.squares[key] for key in sources if key in reduction.squares}
 
     def _renewals(self) -> dict[str, Order]:
@@ -421,12 +497,15 @@ class TrainingSteps:
                 if host in self._members and host not in self.owners[key]:
                     wanted.setdefault(host, {})[key] = self._pool.entries[owners[key]]
         return {
-            host: Renew(run=self.plan.run, version=self.version, owners=keys)
+            host: Renew(run=self.plan.run, version=self._next_version - 1, owners=keys)
             for host, keys in wanted.items()
         }
 
 
+def _errors(answers: Answers) -> dict[str, MoesaicError]:
+    return {host: answer for host, answer in answers.items() if isinstance(answer, MoesaicError)}
+
+
 def _raise_first(answers: Answers, what: str) -> None:
-    for host, answer in answers.items():
-        if isinstance(answer, MoesaicError):
-            raise ClusterError(f"{host} could not {what}: {answer}") from answer
+    for host, error in _errors(answers).items():
+        raise ClusterError(f"{host} could not {what}: {error}") from error
