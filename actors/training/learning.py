@@ -9,6 +9,7 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from dataclasses import dataclass
 
@@ -43,6 +44,8 @@ class Learning:
         self.router = router
         self.dtype = dtype
         self._model = model
+        # Hosts tell trunks that learn together apart by it, whoever has started them.
+        self._worker = secrets.randbits(64)
         self._attempt: Attempt | None = None
         self._microbatch = 0
         # The next part's number by layer and microbatch; a layer may be called more than once.
@@ -104,6 +107,7 @@ class Learning:
         place = key.layer, call.microbatch
         half = BackwardHalf(
             call.attempt,
+            self._worker,
             call.microbatch,
             grad_y_TH.to(wide(x_TH.dtype)),
             ids_TK.numel(),

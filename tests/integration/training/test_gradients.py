@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,125 +12,36 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moesaic.actors.host.gradients import HostGradients
-from moesaic.actors.training.learning import Learning
 from moesaic.actors.transport.shm import ShmSession
-from moesaic.actors.trunk.attach import expert_tensors
-from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
-from moesaic.cluster.training.contributions import Attempt, Contributions
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.cluster.training.contributions import Contributions
 from moesaic.models.trunk.in_pool import experts_forward
-from moesaic.models.trunk.routing_record import RoutingRecord, record_routing
-from moesaic.models.trunk.trunk import connect_experts, load_trunk
+from moesaic.models.trunk.routing_record import RoutingRecord
 from moesaic.proto.errors import StepLost, Superseded, UnsupportedModel
 from moesaic.proto.expert_pb2 import Frame
 from tests.helpers.models.architectures import tiny_model
-from tests.helpers.pool.serving import PATIENT, Hosts, serving
+from tests.helpers.pool.training import (
+    FIRST,
+    IDS,
+    assert_equal,
+    enable_checkpointing,
+    expected,
+    loss_of,
+    plain_model,
+    saved,
+    tolerance_of,
+    training,
+)
 
-FIRST = Attempt(1, 0, 0)
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 # Of each kind of form: gated, shared experts, bias and clamps and interleaved, not gated.
 ARCHITECTURES = ("mixtral", "qwen2_moe", "gpt_oss", "nemotron_h", "deepseek_v3")
-# Their own code computes gates in float32, whatever the model's type.
-FLOAT32_GATES = ("nemotron_h",)
-
-Gradients = dict[ExpertKey, dict[str, Tensor]]
-
-
-def saved(folder: Path, architecture: str) -> Path:
-    tiny_model(architecture).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("mixtral"), "mixtral")
-
-
-def plain_model(folder: Path, dtype: torch.dtype) -> Any:
-    # The other implementations take no float64.
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, experts_implementation="eager"
-    ).train()
-
-
-class Trunk:
-    """A trunk that learns, over hosts in this process."""
-
-    def __init__(self, pool: Hosts, folder: Path, dtype: torch.dtype, *, borrows: bool) -> None:
-        self.pool, self.dtype = pool, dtype
-        self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
-        self.model.requires_grad_(True)
-        self.connect(PATIENT, borrows=borrows)
-
-    def connect(self, policy: RouterPolicy, *, borrows: bool = False) -> None:
-        self.learning = Learning(self.pool.router(borrows=borrows, policy=policy), "m", self.dtype)
-        connect_experts(self.model, self.pool.layers, self.learning.layer)
-        self.learning.watch(self.model)
-        record_routing(self.model)
-
-    def begin(self, attempt: Attempt = FIRST, *, exact: bool = False) -> None:
-        for host in self.pool.hosts:
-            host.begin_attempt(attempt, exact=exact)
-        self.learning.begin(attempt)
-
-    def gradients(self, attempt: Attempt = FIRST) -> Gradients:
-        """Those of the experts, summed over hosts."""
-        found: Gradients = {}
-        for host in self.pool.hosts:
-            for key, tensors in host.take_gradients(attempt).items():
-                sums = found.setdefault(key, {})
-                for name, tensor in tensors.items():
-                    sums[name] = sums[name] + tensor if name in sums else tensor
-        return found
-
-
-@contextmanager
-def training(
-    folder: Path, *, dtype: torch.dtype = torch.float64, borrows: bool = False, **options: Any
-) -> Iterator[Trunk]:
-    with serving(folder, dtype=dtype, learns=True, lends=borrows, **options) as pool:
-        yield Trunk(pool, folder, dtype, borrows=borrows)
-
-
-def loss_of(model: Any, ids: Tensor = IDS) -> Tensor:
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def expected(model: Any) -> tuple[dict[str, Tensor], Gradients]:
-    """The gradients of a plain model: of all but its experts, and of these as the pool has them."""
-    of_experts: Gradients = {}
-    layers = experts_layers(model)
-    names = {id(p) for layer in layers for p in layer.module._parameters.values() if p is not None}
-    others = {n: p.grad for n, p in model.named_parameters() if id(p) not in names}
-    for layer in layers:
-        for parameter in layer.module._parameters.values():
-            if parameter is not None and parameter.grad is not None:
-                parameter.data = parameter.grad
-        for expert in range(layer.num_experts):
-            of_experts[ExpertKey("m", layer.layer, expert)] = expert_tensors(layer, expert)
-    return {name: grad for name, grad in others.items() if grad is not None}, of_experts
-
-
-def assert_equal(trunk: Trunk, found: Gradients, plain: Any, tolerance: float) -> None:
-    others, of_experts = expected(plain)
-    mine = {n: p.grad for n, p in trunk.model.named_parameters() if p.grad is not None}
-    assert mine.keys() == others.keys()
-    for name, wanted in others.items():
-        assert_near(mine[name], wanted, tolerance, name)
-    for key, tensors in of_experts.items():
-        for name, wanted in tensors.items():
-            given = found.get(key, {}).get(name, torch.zeros_like(wanted))
-            assert_near(given, wanted, tolerance, f"{key} {name}")
-
-
-def assert_near(given: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
-    scale = float(wanted.abs().max()) or 1.0
-    error = float((given - wanted).abs().max()) / scale
-    assert error <= tolerance, f"{name}: {error}"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -144,8 +53,7 @@ def test_gradients_of_every_form_of_experts(architecture: str, tmp_path: Path) -
         trunk.begin()
         loss = loss_of(trunk.model)
         loss.backward()
-        tolerance = 1e-6 if architecture in FLOAT32_GATES else 1e-12
-        assert_equal(trunk, trunk.gradients(), plain, tolerance)
+        assert_equal(trunk, trunk.gradients(), plain, folder, tolerance_of(architecture))
 
 
 @pytest.mark.parametrize("borrows", [False, True])
@@ -161,7 +69,9 @@ def test_gradients_of_several_microbatches(
         for ids in (IDS, IDS[:1], IDS[1:, 3:]):
             loss_of(plain, ids).backward()
             loss_of(trunk.model, ids).backward()
-        assert_equal(trunk, trunk.gradients(), plain, 1e-12 if dtype == torch.float64 else 1e-5)
+        assert_equal(
+            trunk, trunk.gradients(), plain, folder, 1e-12 if dtype == torch.float64 else 1e-5
+        )
 
 
 def test_autocast(folder: Path) -> None:
@@ -173,7 +83,7 @@ def test_autocast(folder: Path) -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = loss_of(model)
             loss.backward()
-        assert_equal(trunk, trunk.gradients(), plain, 0.05)
+        assert_equal(trunk, trunk.gradients(), plain, folder, 0.05)
 
 
 def test_16_bit_experts(folder: Path) -> None:
@@ -184,7 +94,7 @@ def test_16_bit_experts(folder: Path) -> None:
             loss_of(model).backward()
         found = trunk.gradients()
         assert {t.dtype for tensors in found.values() for t in tensors.values()} == {torch.float32}
-        assert_equal(trunk, found, plain, 0.1)
+        assert_equal(trunk, found, plain, folder, 0.1)
 
 
 def test_a_microbatch_without_rows_and_experts_without_tokens(folder: Path) -> None:
@@ -203,7 +113,7 @@ def test_a_microbatch_without_rows_and_experts_without_tokens(folder: Path) -> N
         assert x.grad.shape == x.shape
         found = trunk.gradients()
         assert 0 < len(found) < 16, "one token uses few experts"
-        assert_equal(trunk, found, plain, 1e-12)
+        assert_equal(trunk, found, plain, folder, 1e-12)
 
 
 def test_experts_learn_where_nothing_of_the_trunk_does(folder: Path) -> None:
@@ -215,7 +125,7 @@ def test_experts_learn_where_nothing_of_the_trunk_does(folder: Path) -> None:
         trunk.model.requires_grad_(False)
         trunk.begin()
         loss_of(trunk.model).backward()
-        assert_equal(trunk, trunk.gradients(), plain, 1e-12)
+        assert_equal(trunk, trunk.gradients(), plain, folder, 1e-12)
 
 
 def test_serving_a_trunk_that_learns_adds_nothing_up(folder: Path) -> None:
@@ -328,9 +238,9 @@ def test_answers_that_are_lost_damaged_or_late_change_no_gradient(
         assert min(disturbed.counts[kind] for kind in ("lost", "damaged", "late")) > 0
         if doubled:
             with pytest.raises(AssertionError):
-                assert_equal(trunk, trunk.gradients(), plain, 1e-12)
+                assert_equal(trunk, trunk.gradients(), plain, folder, 1e-12)
         else:
-            assert_equal(trunk, trunk.gradients(), plain, 1e-12)
+            assert_equal(trunk, trunk.gradients(), plain, folder, 1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -346,14 +256,7 @@ def test_checkpointed_layers_ask_the_pool_once(
         trunk.begin()
         loss_of(trunk.model).backward()
         assert trunk.learning.router.stats().calls == len(trunk.pool.layers)
-        tolerance = 1e-6 if architecture in FLOAT32_GATES else 1e-12
-        assert_equal(trunk, trunk.gradients(), plain, tolerance)
-
-
-def enable_checkpointing(model: Any, *, reentrant: bool) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()  # or nothing before the first layer would learn
+        assert_equal(trunk, trunk.gradients(), plain, folder, tolerance_of(architecture))
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -381,7 +284,7 @@ def test_a_gate_that_computes_something_else_again_chooses_the_same_experts(
         found = trunk.gradients()
     worst = max(
         float((found[key][name] - wanted).abs().max() / wanted.abs().max())
-        for key, tensors in expected(plain)[1].items()
+        for key, tensors in expected(plain, tmp_path)[1].items()
         for name, wanted in tensors.items()
         if key in found
     )
