@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...cluster.expert_keys import LayerKey
 from ...cluster.training.contributions import Attempt
+from ...models.trunk.trainable import check_trainable
 from ...proto.errors import BadExpert, StepLost
 from ...proto.wire import wide
 from ..router.backward import BackwardHalf
@@ -58,7 +59,11 @@ class Learning:
         self._parts.clear()
 
     def watch(self, module: nn.Module) -> None:
-        """Count each forward pass of a module as a microbatch."""
+        """Count each forward pass of a trunk as a microbatch.
+
+        Raises UnsupportedModel for one that cannot be trained.
+        """
+        check_trainable(module)
         module.register_forward_pre_hook(lambda *_: self.begin_microbatch())
 
     def begin_microbatch(self) -> None:

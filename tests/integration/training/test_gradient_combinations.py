@@ -56,7 +56,7 @@ def excluded(case: Case) -> bool:
     return "hosts" in case and "replicas" in case and case["replicas"] > case["hosts"]
 
 
-PAIRWISE = covering_cases(FACTORS, excluded, seed=6)
+PAIRWISE = covering_cases(FACTORS, excluded, seed=2)
 
 
 def random_points() -> list[Case]:
