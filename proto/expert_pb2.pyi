@@ -172,20 +172,22 @@ class Call(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., timeout_us: _Optional[int] = ..., rows: _Optional[int] = ..., hidden: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., exact: _Optional[bool] = ..., slot: _Optional[int] = ..., version: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[ExpertVersion, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., checksum: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Backward(_message.Message):
-    __slots__ = ("call", "step", "microbatch", "attempt", "run", "part")
+    __slots__ = ("call", "step", "microbatch", "attempt", "run", "part", "worker")
     CALL_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
     call: Call
     step: int
     microbatch: int
     attempt: int
     run: int
     part: int
-    def __init__(self, call: _Optional[_Union[Call, _Mapping]] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., attempt: _Optional[int] = ..., run: _Optional[int] = ..., part: _Optional[int] = ...) -> None: ...
+    worker: int
+    def __init__(self, call: _Optional[_Union[Call, _Mapping]] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., attempt: _Optional[int] = ..., run: _Optional[int] = ..., part: _Optional[int] = ..., worker: _Optional[int] = ...) -> None: ...
 
 class Reply(_message.Message):
     __slots__ = ("seq", "incarnation", "payload_bytes", "payload", "more", "bad_experts", "queued_us", "busy_us", "checksum", "batch_us", "version", "other_versions")

@@ -79,7 +79,7 @@ class HostGradients:
             )
         except ValueError as error:
             raise CallError(f"backward: {key.model!r} is not open for training: {error}") from error
-        part = Part(key, backward.microbatch, backward.part)
+        part = Part(key, backward.worker, backward.microbatch, backward.part)
         if self._contributions.admit(_attempt(backward), part):
             self._pending = key, found
         return ReplyTensors(buffer, _bad_experts(ids_TK, grad_x, grad_weights_TK))

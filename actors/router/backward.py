@@ -20,14 +20,22 @@ class BackwardHalf:
     """The gradient of a call's result, and those of its weights as they arrive."""
 
     def __init__(
-        self, attempt: Attempt, microbatch: int, grad_y_TH: Tensor, weights: int, *, first_part: int
+        self,
+        attempt: Attempt,
+        worker: int,
+        microbatch: int,
+        grad_y_TH: Tensor,
+        weights: int,
+        *,
+        first_part: int,
     ) -> None:
         """Take what the call's parts are named by, and the gradient of its result.
 
         ``weights`` is the number of its assignments. Parts are numbered from ``first_part``, and no
-        other call of the layer and the microbatch has these numbers.
+        other call of the layer and the worker's microbatch has these numbers.
         """
         self._attempt = attempt
+        self._worker = worker
         self._microbatch = microbatch
         self._first_part = first_part
         self._grad_TH = grad_y_TH.detach().contiguous()
@@ -37,6 +45,7 @@ class BackwardHalf:
         """Make ``frame`` one of a backward call."""
         backward = frame.backward
         backward.run, backward.step, backward.attempt = self._attempt
+        backward.worker = self._worker
         backward.microbatch = self._microbatch
         backward.part = self._first_part + send.part
 

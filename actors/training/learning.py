@@ -9,6 +9,7 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ...cluster.expert_keys import LayerKey
 from ...cluster.training.contributions import Attempt
+from ...models.trunk.trainable import check_trainable
 from ...proto.errors import BadExpert, StepLost, describe_error
 from ...proto.wire import wide
 from ..router.backward import BackwardHalf
@@ -46,6 +48,8 @@ class Learning:
         # Called with a layer's number when the gradients of one of its calls were added up.
         self.learned: Callable[[int], None] = lambda _: None
         self._model = model
+        # Hosts tell trunks that learn together apart by it, whoever has started them.
+        self._worker = secrets.randbits(64)
         self._attempt: Attempt | None = None
         self._why = "no training step is under way; make a moesaic.PoolOptimizer of the model first"
         self._microbatch = 0
@@ -70,7 +74,11 @@ class Learning:
         return frozenset(layer for layer, _ in self._parts)
 
     def watch(self, module: nn.Module) -> None:
-        """Count each forward pass of a module as a microbatch."""
+        """Count each forward pass of a trunk as a microbatch.
+
+        Raises UnsupportedModel for one that cannot be trained.
+        """
+        check_trainable(module)
         module.register_forward_pre_hook(lambda *_: self.begin_microbatch())
 
     def begin_microbatch(self) -> None:
@@ -122,6 +130,7 @@ class Learning:
         place = key.layer, call.microbatch
         half = BackwardHalf(
             call.attempt,
+            self._worker,
             call.microbatch,
             grad_y_TH.to(wide(x_TH.dtype)),
             ids_TK.numel(),

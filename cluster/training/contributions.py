@@ -33,6 +33,7 @@ class Part(NamedTuple):
     """What is computed at once: the rows of one layer that went to one host, or a piece of them."""
 
     layer: LayerKey
+    worker: int  # whose microbatch it is
     microbatch: int
     number: int
 

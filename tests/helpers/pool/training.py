@@ -1,4 +1,10 @@
-"""A trunk that learns over hosts in this process, and what a plain model computes."""
+"""Trunks that learn over hosts in this process, and the same model with its experts in itself.
+
+Gradients of experts have the pool's names and shapes, whatever transformers has. They are compared
+with those of a plain model, which transformers builds and differentiates alone.
+
+Shape suffixes: V = vocabulary, K = assignments of a token.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from moesaic.actors.training.learning import Learning
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.contributions import Attempt
 from moesaic.cluster.training.orders import Begin, BulkKey, Gather, Gathered, OpenRun
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.adapters import needs_adapter
+from moesaic.models.trunk.checkpoint import Checkpoint
+from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.experts_layers import experts_layers, is_experts_module
 from moesaic.models.trunk.routing_record import record_routing
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
 from tests.helpers.models.architectures import tiny_model
@@ -25,19 +34,50 @@ from tests.helpers.pool.serving import PATIENT, Hosts, serving
 
 FIRST = Attempt(1, 0, 0)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+# Their own code computes gates or attention in float32, whatever the model's type. What differs in
+# the last bit of a float64 may round to the next float32.
+FLOAT32_GATES = (
+    *("beam", "ernie4_5_moe", "hunyuan_v1_moe", "longcat_flash", "nemotron_h"),
+    "switch_transformers",
+)
+# Its own code multiplies what it has made float32 by a weight of the model's type.
+NO_FLOAT64 = ("inkling2_text",)
+# A parameter's gradient is small against what it is summed from, so the plain model's own rounding
+# is as large.
+LOOSE_FLOAT32 = ("bailing_hybrid", "hy_v4")
+# What is drawn at random in a forward pass would not be the same in two models.
+NOT_RANDOM: dict[str, dict[str, Any]] = {
+    "switch_transformers": {"dropout_rate": 0.0, "router_jitter_noise": 0.0},
+}
+
 Gradients = dict[ExpertKey, dict[str, Tensor]]
 
 
-def saved(folder: Path, architecture: str) -> Path:
-    tiny_model(architecture).save_pretrained(folder)
+def tolerance_of(architecture: str, dtype: torch.dtype = torch.float64) -> float:
+    """How far gradients may be from the plain model's, relative to a tensor's largest value."""
+    if dtype == torch.float64:
+        return 1e-6 if architecture in FLOAT32_GATES else 1e-12
+    return 1e-4 if architecture in LOOSE_FLOAT32 else 1e-5
+
+
+def saved(folder: Path, architecture: str, **overrides: Any) -> Path:
+    """Save a tiny model in which nothing is random."""
+    model = tiny_model(architecture, **(NOT_RANDOM.get(architecture, {}) | overrides))
+    for name, table_VK in model.named_buffers():
+        if name.endswith("tid2eid"):  # a gate's table of experts, which is all zeros at first
+            tokens, top_k = table_VK.shape
+            table_VK.copy_(torch.stack([torch.randperm(8)[:top_k] for _ in range(tokens)]))
+    model.save_pretrained(folder)
     return folder
 
 
 def plain_model(folder: Path, dtype: torch.dtype) -> Any:
-    # The other implementations take no float64.
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, experts_implementation="eager"
-    ).train()
+    config = read_config(folder)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=dtype)
+    if any(is_experts_module(module) for module in model.modules()):
+        model.set_experts_implementation("eager")  # the others take no float64
+    return model.train()
 
 
 class Trunk:
@@ -80,39 +120,103 @@ class Trunk:
 
 
 @contextmanager
-def training(
+def learning_together(
     folder: Path,
+    workers: int,
     *,
     dtype: torch.dtype = torch.float64,
     borrows: bool = False,
     opened: bool = True,
     **options: Any,
-) -> Iterator[Trunk]:
-    """``opened``: the hosts are in run 1 already."""
+) -> Iterator[list[Trunk]]:
+    """Trunks with routers of their own over one pool, whose hosts are in run 1 if ``opened``."""
     with serving(folder, dtype=dtype, learns=True, lends=borrows, **options) as pool:
-        trunk = Trunk(pool, folder, dtype, borrows=borrows)
+        trunks = [Trunk(pool, folder, dtype, borrows=borrows) for _ in range(workers)]
         if opened:
-            trunk.open()
+            trunks[0].open()
+        yield trunks
+
+
+@contextmanager
+def training(folder: Path, **options: Any) -> Iterator[Trunk]:
+    with learning_together(folder, 1, **options) as (trunk,):
         yield trunk
 
 
-def loss_of(model: Any, ids: Tensor = IDS) -> Tensor:
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
+def loss_of(model: Any, ids: Tensor = IDS, **given: Any) -> Tensor:
+    torch.manual_seed(0)  # some gates draw experts at random
+    found = model(input_ids=ids, labels=ids, use_cache=False, **given)
+    if found.loss is not None:
+        return found.loss
+    return cross_entropy(found.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def expected(model: Any) -> tuple[dict[str, Tensor], Gradients]:
-    """The gradients of a plain model: of all but its experts, and of these as the pool has them."""
-    of_experts: Gradients = {}
-    layers = experts_layers(model)
-    names = {id(p) for layer in layers for p in layer.module._parameters.values() if p is not None}
-    others = {n: p.grad for n, p in model.named_parameters() if id(p) not in names}
-    for layer in layers:
-        for parameter in layer.module._parameters.values():
-            if parameter is not None and parameter.grad is not None:
-                parameter.data = parameter.grad
-        for expert in range(layer.num_experts):
-            of_experts[ExpertKey("m", layer.layer, expert)] = expert_tensors(layer, expert)
-    return {name: grad for name, grad in others.items() if grad is not None}, of_experts
+def enable_checkpointing(model: Any, *, reentrant: bool) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()  # or nothing before the first layer would learn
+
+
+def trunk_gradients(*models: nn.Module) -> dict[str, Tensor]:
+    """Those of all but the experts, summed over models."""
+    sums: dict[str, Tensor] = {}
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                sums[name] = sums[name] + parameter.grad if name in sums else parameter.grad
+    return sums
+
+
+def expected(model: Any, folder: Path) -> tuple[dict[str, Tensor], Gradients]:
+    """The gradients of a plain model: of all but its experts, and of these as the pool has them.
+
+    They are saved in place of the weights, and read as hosts read experts. ``folder`` is where the
+    model came from.
+    """
+    checkpoint = Checkpoint(folder, read_config(folder), dtype=model.dtype)
+    roots = _roots_of_experts(model, checkpoint)
+    others = trunk_gradients(model)
+    others = {n: g for n, g in others.items() if not n.startswith(roots)}
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    model.save_pretrained(folder / "gradients")
+    checkpoint = Checkpoint(folder / "gradients", read_config(folder), dtype=model.dtype)
+    of_experts: Gradients = {
+        ExpertKey("m", number, expert): checkpoint.read(number, expert).tensors()
+        for number, layer in checkpoint.layers.items()
+        for expert in range(layer.num_experts)
+    }
+    return others, of_experts
+
+
+def _roots_of_experts(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what the names of experts' parameters in a plain model begin with."""
+    own = {name for name, _ in checkpoint.model.named_parameters()}
+    names = {name for name, _ in model.named_parameters()}
+    if not needs_adapter(model):
+        return tuple(f"{layer.name}." for layer in experts_layers(model))
+    return tuple(names - own | {f"{layer.name}." for layer in checkpoint.layers.values()})
+
+
+def assert_equal(
+    trunks: Trunk | list[Trunk],
+    found: Gradients,
+    plain: Any,
+    folder: Path,
+    tolerance: float,
+) -> None:
+    """``found``: the gradients of the experts; those of the trunks are summed up here."""
+    others, of_experts = expected(plain, folder)
+    each = trunks if isinstance(trunks, list) else [trunks]
+    mine = trunk_gradients(*(trunk.model for trunk in each))
+    assert mine.keys() == others.keys()
+    for name, wanted in others.items():
+        assert_near(mine[name], wanted, tolerance, name)
+    assert found.keys() <= of_experts.keys()
+    for key, tensors in of_experts.items():
+        for name, wanted in tensors.items():
+            given = found.get(key, {}).get(name, torch.zeros_like(wanted))
+            assert_near(given, wanted, tolerance, f"{key} {name}")
 
 
 def assert_near(given: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:

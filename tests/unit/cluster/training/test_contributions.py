@@ -12,7 +12,7 @@ from moesaic.proto.errors import InternalError, NotHere, Superseded
 
 LAYER = LayerKey("m", 0)
 attempts = st.builds(Attempt, st.integers(1, 2), st.integers(0, 2), st.integers(0, 2))
-parts = st.builds(Part, st.just(LAYER), st.integers(0, 1), st.integers(0, 2))
+parts = st.builds(Part, st.just(LAYER), st.integers(0, 1), st.integers(0, 1), st.integers(0, 1))
 
 
 @given(st.lists(st.one_of(attempts, st.tuples(attempts, parts)), max_size=60))
