@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,37 +12,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moesaic.actors.host.gradients import HostGradients
-from moesaic.actors.training.learning import Learning
 from moesaic.actors.transport.shm import ShmSession
-from moesaic.actors.trunk.attach import expert_tensors
-from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
-from moesaic.cluster.training.contributions import Attempt, Contributions
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.cluster.training.contributions import Contributions
 from moesaic.models.trunk.in_pool import experts_forward
-from moesaic.models.trunk.routing_record import RoutingRecord, record_routing
-from moesaic.models.trunk.trunk import connect_experts, load_trunk
+from moesaic.models.trunk.routing_record import RoutingRecord
 from moesaic.proto.errors import StepLost, Superseded, UnsupportedModel
 from moesaic.proto.expert_pb2 import Frame
 from tests.helpers.models.architectures import tiny_model
-from tests.helpers.pool.serving import PATIENT, Hosts, serving
-
-FIRST = Attempt(1, 0, 0)
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
-# Of each kind of form: gated, shared experts, bias and clamps and interleaved, not gated.
-ARCHITECTURES = ("mixtral", "qwen2_moe", "gpt_oss", "nemotron_h", "deepseek_v3")
-# Their own code computes gates in float32, whatever the model's type.
-FLOAT32_GATES = ("nemotron_h",)
-
-Gradients = dict[ExpertKey, dict[str, Tensor]]
-
-
-def saved(folder: Path, architecture: str) -> Path:
-    tiny_model(architecture).save_pretrained(folder)
-    return folder
+from tests.helpers.pool.learning_trunk import (
+    ARCHITECTURES,
+    FIRST,
+    FLOAT32_GATES,
+    IDS,
+    assert_equal,
+    enable_checkpointing,
+    expected,
+    loss_of,
+    plain_model,
+    saved,
+    training,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,100 +42,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("mixtral"), "mixtral")
 
 
-def plain_model(folder: Path, dtype: torch.dtype) -> Any:
-    # The other implementations take no float64.
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, experts_implementation="eager"
-    ).train()
-
-
-class Trunk:
-    """A trunk that learns, over hosts in this process."""
-
-    def __init__(self, pool: Hosts, folder: Path, dtype: torch.dtype, *, borrows: bool) -> None:
-        self.pool, self.dtype = pool, dtype
-        self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
-        self.model.requires_grad_(True)
-        self.connect(PATIENT, borrows=borrows)
-
-    def connect(self, policy: RouterPolicy, *, borrows: bool = False) -> None:
-        self.learning = Learning(self.pool.router(borrows=borrows, policy=policy), "m", self.dtype)
-        connect_experts(self.model, self.pool.layers, self.learning.layer)
-        self.learning.watch(self.model)
-        record_routing(self.model)
-
-    def begin(self, attempt: Attempt = FIRST, *, exact: bool = False) -> None:
-        for host in self.pool.hosts:
-            host.begin_attempt(attempt, exact=exact)
-        self.learning.begin(attempt)
-
-    def gradients(self, attempt: Attempt = FIRST) -> Gradients:
-        """Those of the experts, summed over hosts."""
-        found: Gradients = {}
-        for host in self.pool.hosts:
-            for key, tensors in host.take_gradients(attempt).items():
-                sums = found.setdefault(key, {})
-                for name, tensor in tensors.items():
-                    sums[name] = sums[name] + tensor if name in sums else tensor
-        return found
-
-
-@contextmanager
-def training(
-    folder: Path, *, dtype: torch.dtype = torch.float64, borrows: bool = False, **options: Any
-) -> Iterator[Trunk]:
-    with serving(folder, dtype=dtype, learns=True, lends=borrows, **options) as pool:
-        yield Trunk(pool, folder, dtype, borrows=borrows)
-
-
-def loss_of(model: Any, ids: Tensor = IDS) -> Tensor:
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def expected(model: Any) -> tuple[dict[str, Tensor], Gradients]:
-    """The gradients of a plain model: of all but its experts, and of these as the pool has them."""
-    of_experts: Gradients = {}
-    layers = experts_layers(model)
-    names = {id(p) for layer in layers for p in layer.module._parameters.values() if p is not None}
-    others = {n: p.grad for n, p in model.named_parameters() if id(p) not in names}
-    for layer in layers:
-        for parameter in layer.module._parameters.values():
-            if parameter is not None and parameter.grad is not None:
-                parameter.data = parameter.grad
-        for expert in range(layer.num_experts):
-            of_experts[ExpertKey("m", layer.layer, expert)] = expert_tensors(layer, expert)
-    return {name: grad for name, grad in others.items() if grad is not None}, of_experts
-
-
-def assert_equal(trunk: Trunk, found: Gradients, plain: Any, tolerance: float) -> None:
-    others, of_experts = expected(plain)
-    mine = {n: p.grad for n, p in trunk.model.named_parameters() if p.grad is not None}
-    assert mine.keys() == others.keys()
-    for name, wanted in others.items():
-        assert_near(mine[name], wanted, tolerance, name)
-    for key, tensors in of_experts.items():
-        for name, wanted in tensors.items():
-            given = found.get(key, {}).get(name, torch.zeros_like(wanted))
-            assert_near(given, wanted, tolerance, f"{key} {name}")
-
-
-def assert_near(given: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
-    scale = float(wanted.abs().max()) or 1.0
-    error = float((given - wanted).abs().max()) / scale
-    assert error <= tolerance, f"{name}: {error}"
-
-
+@pytest.mark.parametrize("borrows", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_of_every_form_of_experts(architecture: str, tmp_path: Path) -> None:
+def test_gradients_of_every_form_of_experts(
+    architecture: str, tmp_path: Path, borrows: bool
+) -> None:
     folder = saved(tmp_path, architecture)
     plain = plain_model(folder, torch.float64)
     loss_of(plain).backward()
-    with training(folder, hosts=3, replicas=2) as trunk:
+    with training(folder, hosts=3, replicas=2, borrows=borrows) as trunk:
         trunk.begin()
         loss = loss_of(trunk.model)
         loss.backward()
         tolerance = 1e-6 if architecture in FLOAT32_GATES else 1e-12
-        assert_equal(trunk, trunk.gradients(), plain, tolerance)
+        assert_equal(trunk, trunk.gradients(here=borrows), plain, tolerance)
 
 
 @pytest.mark.parametrize("borrows", [False, True])
@@ -154,43 +64,47 @@ def test_gradients_of_every_form_of_experts(architecture: str, tmp_path: Path) -
 def test_gradients_of_several_microbatches(
     folder: Path, dtype: torch.dtype, exact: bool, borrows: bool
 ) -> None:
-    """Forward calls may be computed with lent memory; backward ones are always sent."""
+    """With ``exact`` hosts compute backward calls, whatever they have lent."""
     plain = plain_model(folder, dtype)
     with training(folder, dtype=dtype, exact=exact, borrows=borrows) as trunk:
         trunk.begin(exact=exact)
         for ids in (IDS, IDS[:1], IDS[1:, 3:]):
             loss_of(plain, ids).backward()
             loss_of(trunk.model, ids).backward()
-        assert_equal(trunk, trunk.gradients(), plain, 1e-12 if dtype == torch.float64 else 1e-5)
+        found = trunk.gradients(here=borrows and not exact)
+        assert_equal(trunk, found, plain, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
-def test_autocast(folder: Path) -> None:
+@pytest.mark.parametrize("borrows", [False, True])
+def test_autocast(folder: Path, borrows: bool) -> None:
     """Experts compute in their own type; around them bfloat16 rounds."""
     plain = plain_model(folder, torch.float32)
-    with training(folder, dtype=torch.float32) as trunk:
+    with training(folder, dtype=torch.float32, borrows=borrows) as trunk:
         trunk.begin()
         for model in (plain, trunk.model):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = loss_of(model)
             loss.backward()
-        assert_equal(trunk, trunk.gradients(), plain, 0.05)
+        assert_equal(trunk, trunk.gradients(here=borrows), plain, 0.05)
 
 
-def test_16_bit_experts(folder: Path) -> None:
+@pytest.mark.parametrize("borrows", [False, True])
+def test_16_bit_experts(folder: Path, borrows: bool) -> None:
     plain = plain_model(folder, torch.bfloat16)
-    with training(folder, dtype=torch.bfloat16) as trunk:
+    with training(folder, dtype=torch.bfloat16, borrows=borrows) as trunk:
         trunk.begin()
         for model in (plain, trunk.model):
             loss_of(model).backward()
-        found = trunk.gradients()
+        found = trunk.gradients(here=borrows)
         assert {t.dtype for tensors in found.values() for t in tensors.values()} == {torch.float32}
         assert_equal(trunk, found, plain, 0.1)
 
 
-def test_a_microbatch_without_rows_and_experts_without_tokens(folder: Path) -> None:
+@pytest.mark.parametrize("borrows", [False, True])
+def test_a_microbatch_without_rows_and_experts_without_tokens(folder: Path, borrows: bool) -> None:
     one = torch.tensor([[7, 7]])
     plain = plain_model(folder, torch.float64)
-    with training(folder, hosts=3) as trunk:
+    with training(folder, hosts=3, borrows=borrows) as trunk:
         trunk.begin()
         for model in (plain, trunk.model):
             loss_of(model, one).backward()
@@ -201,33 +115,36 @@ def test_a_microbatch_without_rows_and_experts_without_tokens(folder: Path) -> N
         found.sum().backward()
         assert x.grad is not None
         assert x.grad.shape == x.shape
-        found = trunk.gradients()
+        found = trunk.gradients(here=borrows)
         assert 0 < len(found) < 16, "one token uses few experts"
         assert_equal(trunk, found, plain, 1e-12)
 
 
-def test_experts_learn_where_nothing_of_the_trunk_does(folder: Path) -> None:
+@pytest.mark.parametrize("borrows", [False, True])
+def test_experts_learn_where_nothing_of_the_trunk_does(folder: Path, borrows: bool) -> None:
     plain = plain_model(folder, torch.float64)
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_("experts" in name)
     loss_of(plain).backward()
-    with training(folder) as trunk:
+    with training(folder, borrows=borrows) as trunk:
         trunk.model.requires_grad_(False)
         trunk.begin()
         loss_of(trunk.model).backward()
-        assert_equal(trunk, trunk.gradients(), plain, 1e-12)
+        assert_equal(trunk, trunk.gradients(here=borrows), plain, 1e-12)
 
 
-def test_serving_a_trunk_that_learns_adds_nothing_up(folder: Path) -> None:
-    with training(folder) as trunk:
+@pytest.mark.parametrize("borrows", [False, True])
+def test_serving_a_trunk_that_learns_adds_nothing_up(folder: Path, borrows: bool) -> None:
+    with training(folder, borrows=borrows) as trunk:
         trunk.begin()
         with torch.no_grad():
             loss_of(trunk.model)
-        assert trunk.gradients() == {}
+        assert trunk.gradients(here=borrows) == {}
 
 
-def test_a_second_backward_pass_through_one_graph_is_an_error(folder: Path) -> None:
-    with training(folder) as trunk:
+@pytest.mark.parametrize("borrows", [False, True])
+def test_a_second_backward_pass_through_one_graph_is_an_error(folder: Path, borrows: bool) -> None:
+    with training(folder, borrows=borrows) as trunk:
         trunk.begin()
         loss = loss_of(trunk.model)
         loss.backward(retain_graph=True)
@@ -238,7 +155,7 @@ def test_a_second_backward_pass_through_one_graph_is_an_error(folder: Path) -> N
 def test_what_belongs_to_another_attempt_is_not_added_up(folder: Path) -> None:
     second = FIRST._replace(number=1)
     with training(folder) as trunk:
-        with pytest.raises(StepLost, match="begin one"):
+        with pytest.raises(StepLost, match=r"make a moesaic\.PoolOptimizer"):
             loss_of(trunk.model)
         trunk.begin()
         loss, later = loss_of(trunk.model), loss_of(trunk.model)
@@ -333,32 +250,27 @@ def test_answers_that_are_lost_damaged_or_late_change_no_gradient(
             assert_equal(trunk, trunk.gradients(), plain, 1e-12)
 
 
+@pytest.mark.parametrize("borrows", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_checkpointed_layers_ask_the_pool_once(
-    architecture: str, reentrant: bool, tmp_path: Path
+    architecture: str, reentrant: bool, tmp_path: Path, borrows: bool
 ) -> None:
     folder = saved(tmp_path, architecture)
     plain = plain_model(folder, torch.float64)
     loss_of(plain).backward()
-    with training(folder) as trunk:
+    with training(folder, borrows=borrows) as trunk:
         enable_checkpointing(trunk.model, reentrant=reentrant)
         trunk.begin()
         loss_of(trunk.model).backward()
         assert trunk.learning.router.stats().calls == len(trunk.pool.layers)
         tolerance = 1e-6 if architecture in FLOAT32_GATES else 1e-12
-        assert_equal(trunk, trunk.gradients(), plain, tolerance)
+        assert_equal(trunk, trunk.gradients(here=borrows), plain, tolerance)
 
 
-def enable_checkpointing(model: Any, *, reentrant: bool) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()  # or nothing before the first layer would learn
-
-
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(("recorded", "borrows"), [(True, False), (True, True), (False, False)])
 def test_a_gate_that_computes_something_else_again_chooses_the_same_experts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool, borrows: bool
 ) -> None:
     """Where three experts are nearly alike, the last bits decide which two are chosen."""
     if not recorded:
@@ -370,7 +282,7 @@ def test_a_gate_that_computes_something_else_again_chooses_the_same_experts(
     model.save_pretrained(tmp_path)
     plain = plain_model(tmp_path, torch.float64)
     loss_of(plain).backward()
-    with training(tmp_path) as trunk:
+    with training(tmp_path, borrows=borrows) as trunk:
         enable_checkpointing(trunk.model, reentrant=False)
         trunk.begin()
         loss = loss_of(trunk.model)
@@ -378,7 +290,7 @@ def test_a_gate_that_computes_something_else_again_chooses_the_same_experts(
             noise = torch.linspace(-1e-5, 1e-5, gate.weight.numel(), dtype=gate.weight.dtype)
             gate.weight.data = gate.weight.data + noise.view(gate.weight.shape)
         loss.backward()
-        found = trunk.gradients()
+        found = trunk.gradients(here=borrows)
     worst = max(
         float((found[key][name] - wanted).abs().max() / wanted.abs().max())
         for key, tensors in expected(plain)[1].items()
