@@ -146,8 +146,7 @@ class Learning:
         given = x_TH, ids_TK, weights_TK, grad_y_TH
         self._layers.add(key.layer)
         try:
-            kept, call.kept = call.kept, None
-            found = None if call.sent else self._lent.backward(key, kept, *given)
+            found = None if call.sent else self._lent.backward(key, call.kept, *given)
             return self._through_pool(key, call, *given) if found is None else found
         except BaseException as error:
             self._broken = f"{call.attempt} is over ({describe_error(error)})"

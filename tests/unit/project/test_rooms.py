@@ -61,8 +61,9 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     cluster cluster/load cluster/routing cluster/training
                                     actors/runtime actors/transport actors/transport/grpc
                                     actors/engine
-actors/training                     proto cluster cluster/training actors/runtime
-                                    actors/transport/bulk actors/router
+actors/training                     proto kernels kernels/backward kernels/slabs cluster
+                                    cluster/training actors/runtime actors/transport/bulk
+                                    actors/router
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
                                     actors/runtime actors/text actors/engine actors/router
 actors/host/memory                  proto kernels kernels/slabs models/trunk cluster cluster/host

@@ -82,14 +82,13 @@ def test_the_memory_that_is_kept_is_what_is_stated() -> None:
     kind = KINDS["gated"]
     experts = random_experts(kind, range(EXPERTS), dtype=torch.float32, intermediate=7)
     x_TH, ids_TK, weights_TK, grad_y_TH = call(10, torch.float32, unused=0.0)
-    out_TH, *gradients = outputs(x_TH, ids_TK)
+    out_TH, grad_x_TH, grad_weights_TK = outputs(x_TH, ids_TK)
     kept = keeping_forward(kind.form, experts, x_TH, ids_TK, weights_TK, out_TH)
     rows = 10 * TOP_K
     assert kept.nbytes == rows * ((HIDDEN + 2 * 7) * 4 + 8)
     first = {t.data_ptr() for one in kept._rows.values() for t in (one.x_RH, one.up_RU)}  # pyright: ignore[reportOptionalMemberAccess]
-    pending = kept_backward(
-        kind.backward_form, experts, kept, weights_TK, grad_y_TH, gradients[0], gradients[1]
-    )
+    half = kept, weights_TK, grad_y_TH, grad_x_TH, grad_weights_TK
+    pending = kept_backward(kind.backward_form, experts, *half)
     assert kept.nbytes == 0
     assert pending.nbytes == rows * (2 * HIDDEN + 3 * 7) * 4
     taken = {
@@ -103,10 +102,10 @@ def test_the_memory_that_is_kept_is_what_is_stated() -> None:
 def test_the_backward_half_is_computed_once() -> None:
     kind = KINDS["gated"]
     experts = random_experts(kind, range(EXPERTS), dtype=torch.float64)
-    *given, grad_y_TH = call(4, torch.float64)
-    out_TH, grad_x_TH, grad_weights_TK = outputs(given[0], given[1])
-    kept = keeping_forward(kind.form, experts, *given, out_TH)
-    half = kept, given[2], grad_y_TH, grad_x_TH, grad_weights_TK
+    x_TH, ids_TK, weights_TK, grad_y_TH = call(4, torch.float64)
+    out_TH, grad_x_TH, grad_weights_TK = outputs(x_TH, ids_TK)
+    kept = keeping_forward(kind.form, experts, x_TH, ids_TK, weights_TK, out_TH)
+    half = kept, weights_TK, grad_y_TH, grad_x_TH, grad_weights_TK
     kept_backward(kind.backward_form, experts, *half)
     with pytest.raises(RuntimeError, match="computed already"):
         kept_backward(kind.backward_form, experts, *half)
