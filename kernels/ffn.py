@@ -79,6 +79,10 @@ class ExpertWeights:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    @property
+    def is_packed(self) -> bool:
+        return self.fused is not None or self.up.is_mkldnn or self.down.is_mkldnn
+
 
 class Kernel(Protocol):
     def __call__(
@@ -158,11 +162,20 @@ def _product(x_RI: Tensor, matrix: Tensor, bias: Tensor | None, transposed: bool
 
 def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
     """Compute one expert on its rows: (R, H) -> (R, H) in the expert's dtype, not weighted."""
-    if expert.fused is not None:
-        y_RH = fused.ffn(x_RH, expert.up, expert.down, expert.fused)
-    else:
-        up_R = _product(x_RH, expert.up, expert.up_bias, form.transposed)
-        y_RH = _product(form.activate(up_R), expert.down, expert.down_bias, form.transposed)
+    if expert.fused is None:
+        return expert_down(form, expert, expert_up(form, expert, x_RH))
+    y_RH = fused.ffn(x_RH, expert.up, expert.down, expert.fused)
+    return y_RH if form.post_norm is None else form.post_norm(y_RH)
+
+
+def expert_up(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
+    """Compute an expert's first product: (R, H) -> (R, 2I), or (R, I) if it is not gated."""
+    return _product(x_RH, expert.up, expert.up_bias, form.transposed)
+
+
+def expert_down(form: ExpertForm, expert: ExpertWeights, up_R: Tensor) -> Tensor:
+    """Compute what comes after `expert_up`: its result -> (R, H)."""
+    y_RH = _product(form.activate(up_R), expert.down, expert.down_bias, form.transposed)
     return y_RH if form.post_norm is None else form.post_norm(y_RH)
 
 

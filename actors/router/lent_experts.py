@@ -11,6 +11,7 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -192,6 +193,15 @@ class LentExperts:
     def lenders(self) -> set[str]:
         """The hosts of which something is within reach."""
         return {one.host for one in self._slabs}
+
+    def elements(self, model: str) -> int:
+        """Return how many numbers all experts of a model have; 0 if nothing of it is lent."""
+        layouts = (slab.layout for one, slab in self._slabs.items() if one.model == model)
+        layout = next(layouts, None)
+        return sum(
+            layer.experts * sum(math.prod(tensor.shape) for tensor in layer.tensors)
+            for layer in (layout.layers.values() if layout else ())
+        )
 
     def known_reach(self, key: LayerKey, placement: Placement | None) -> LayerReach | None:
         """Return what `reach` has found already, if anything; any thread, without the lock.

@@ -44,7 +44,7 @@ from .pool_call import PoolCall, RunningCall
 from .router_stats import CallCounts, RouterStats
 from .row_attribution import RowAttribution
 from .upkeep import Upkeep
-from .whole_calls import PassCheck, WholeCalls
+from .whole_calls import Computation, PassCheck, WholeCalls
 
 _CPU = torch.device("cpu")
 
@@ -118,7 +118,7 @@ class Router:
         self._lock = threading.RLock()
         # There is something to report: set when calls begin and layers are asked for.
         self.stirred = threading.Event()
-        self._whole_calls = WholeCalls(
+        self.whole_calls = WholeCalls(
             self._lent_experts, self._dispatcher, self._counts, self._lock, clock, self.stirred
         )
         self._waiting = Waiting(self._shell, self._connections, self._lock, clock)
@@ -240,7 +240,7 @@ class Router:
         thread calls. If ``check`` leaves anything to the end, who runs the pass asks
         `step_is_sound` then, and if need be runs it again in `repeating`.
         """
-        self._whole_calls.begin_step(check)
+        self.whole_calls.begin_step(check)
         self.step += 1
         self.batch.begin_step(self.step)
         with self._lock:
@@ -249,15 +249,15 @@ class Router:
 
     def step_is_sound(self, result: Tensor | None = None) -> bool:
         """Wait for a pass, and return whether its ``result``, (..., H), may be used."""
-        return self._whole_calls.step_is_sound(result)
+        return self.whole_calls.step_is_sound(result)
 
     def repeating(self) -> AbstractContextManager[None]:
         """Return a context in which a pass is run once more, and each call is checked alone."""
-        return self._whole_calls.paused()
+        return self.whole_calls.paused()
 
     def end_step(self) -> None:
         """End a forward pass: the next one may use other versions of weights."""
-        self._whole_calls.end_step()
+        self.whole_calls.end_step()
         with self._lock:
             if not self._shell.closed:
                 self._follow_newest(self._dispatcher.end_step(self._clock()))
@@ -270,11 +270,17 @@ class Router:
         return out_TH
 
     def compute_all(
-        self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
+        self,
+        key: LayerKey,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        computation: Computation | None = None,
     ) -> Tensor | None:
         """Compute one layer's call here, if hosts have lent all of it and nothing is special.
 
-        The result is that of `dispatch`; None: `dispatch` has to be called.
+        The result is that of `dispatch`; None: `dispatch` has to be called. ``computation`` is
+        that of `WholeCalls.compute`.
         """
         lent, placement = self._lent_experts, self._dispatcher.placement
         if not lent:
@@ -287,7 +293,8 @@ class Router:
                 lent.let_go(began)
         if self.batch.dead or self.batch.groups() is not None:
             return None
-        return self._whole_calls.compute(key, placement, x_TH, ids_TK, weights_TK, began)
+        given = x_TH, ids_TK, weights_TK
+        return self.whole_calls.compute(key, placement, *given, began, computation)
 
     @torch.no_grad()
     def dispatch(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PoolCall:

@@ -29,6 +29,10 @@ from .router_stats import CallCounts
 
 COUNT_AT = 64  # calls that were noted
 
+# (what is within reach, x_TH, ids_TK, weights_TK) -> the sums in x's dtype, or None if these cannot
+# be used.
+Computation = Callable[[LayerReach, Tensor, Tensor, Tensor], Tensor | None]
+
 
 class PassCheck(Enum):
     """How it is found out that a call of a forward pass cannot be used, if all is computed here.
@@ -124,8 +128,12 @@ class WholeCalls:
         ids_TK: Tensor,
         weights_TK: Tensor,
         began: float,
+        computation: Computation | None = None,
     ) -> Tensor | None:
-        """Return the call's result, (T, H) in x's dtype, or None if it is not such a call."""
+        """Return the call's result, (T, H) in x's dtype, or None if it is not such a call.
+
+        ``computation`` computes it in another way, on a CPU, and checks it by itself.
+        """
         lent = self._lent
         reach = lent.known_reach(key, placement)
         if reach is None:
@@ -134,6 +142,8 @@ class WholeCalls:
         if reach is None:
             return None
         if reach.is_on_device:
+            if computation is not None:
+                return None
             return self._on_device(key, reach, x_TH, ids_TK, weights_TK)
         place_TK = reach.places(x_TH, ids_TK, weights_TK)
         if place_TK is None:
@@ -150,9 +160,12 @@ class WholeCalls:
                 return None
         out_TH = None
         try:
-            if step is not None:
-                step.note(reach)
-            out_TH = reach.compute_all(x_TH, ids_TK, weights_TK, place_TK, check=step is None)
+            if computation is not None:
+                out_TH = computation(reach, x_TH, ids_TK, weights_TK)
+            else:
+                if step is not None:
+                    step.note(reach)
+                out_TH = reach.compute_all(x_TH, ids_TK, weights_TK, place_TK, check=step is None)
         finally:
             if out_TH is None or choice is not None:
                 took_s = None if out_TH is None else self._clock() - began
@@ -165,6 +178,18 @@ class WholeCalls:
                 with self._lock:
                     self._counts.count_noted()
         return out_TH
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def reach(self, key: LayerKey) -> LayerReach | None:
+        """Return what of a layer is within reach under the placement in use; None if nothing is."""
+        with self._lock:
+            return self._lent.reach(key, self._dispatcher.placement)
+
+    def elements(self, model: str) -> int:
+        """Return how many numbers all experts of a model have; 0 if nothing of it is lent."""
+        with self._lock:
+            return self._lent.elements(model)
 
     # ---- forward passes -------------------------------------------------------------------------
 

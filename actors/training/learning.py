@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ...cluster.expert_keys import LayerKey
+from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.training.contributions import Attempt
 from ...models.trunk.trainable import check_trainable
 from ...proto.errors import BadExpert, StepLost, describe_error
@@ -25,23 +25,34 @@ from ...proto.wire import wide
 from ..router.backward import BackwardHalf
 from ..router.layer_tensors import LayerTensors
 from ..router.router import Router
+from .lent_layers import KeptForward, LentLayers
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ForwardCall:
-    """What names a forward call's gradients on the hosts."""
+    """What names a forward call's gradients on the hosts, or what was kept of it here."""
 
     attempt: Attempt
     microbatch: int
+    kept: KeptForward | None = None
+    sent: bool = False  # its backward half is to be sent
 
 
 class Learning:
     """The microbatches of one trunk, and the attempt at a step that they belong to."""
 
-    def __init__(self, router: Router, model: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        router: Router,
+        model: str,
+        dtype: torch.dtype,
+        *,
+        sums_limit_bytes: int | None = None,
+    ) -> None:
         """Take the trunk's router, which has connections to the hosts of ``model``.
 
-        ``dtype`` is that of the model's experts.
+        ``dtype`` is that of the model's experts. ``sums_limit_bytes`` is how much memory their
+        gradients may take here, where hosts lend them (None: a quarter of what is free).
         """
         self.router = router
         self.dtype = dtype
@@ -55,14 +66,18 @@ class Learning:
         self._microbatch = 0
         # The next part's number by layer and microbatch; a layer may be called more than once.
         self._parts: Counter[tuple[int, int]] = Counter()
-        self.touched = False  # a backward call of the attempt has begun
+        self._layers: set[int] = set()
+        self._lent = LentLayers(router, model, dtype, sums_limit_bytes)
+        self._broken: str | None = None  # why gradients of the attempt may be missing
 
     def begin(self, attempt: Attempt) -> None:
         """Let what follows belong to an attempt that has begun on all hosts."""
         self._attempt = attempt
         self._microbatch = 0
         self._parts.clear()
-        self.touched = False
+        self._layers.clear()
+        self._lent.clear()
+        self._broken = None
 
     def end(self, why: str) -> None:
         """End the attempt: a forward pass that is to be learned from raises StepLost with why."""
@@ -71,7 +86,18 @@ class Learning:
     @property
     def layers(self) -> frozenset[int]:
         """The layers whose gradients were added up in the attempt under way, or the last one."""
-        return frozenset(layer for layer, _ in self._parts)
+        return frozenset(self._layers)
+
+    def take(self) -> Mapping[ExpertKey, dict[str, Tensor]]:
+        """Return the gradients that were added up here, by expert and name, and forget them.
+
+        They are those of the attempt under way, or the last one, as hosts have theirs: float32
+        (float64 for such experts), in the model's shapes. Hosts have those of the calls that were
+        sent; an expert may have both. Raises StepLost if an error ended the attempt.
+        """
+        if self._broken is not None:
+            raise StepLost(self._broken)
+        return self._lent.take()
 
     def watch(self, module: nn.Module) -> None:
         """Count each forward pass of a trunk as a microbatch.
@@ -93,6 +119,23 @@ class Learning:
             raise StepLost(self._why)
         return ForwardCall(self._attempt, self._microbatch)
 
+    def forward(
+        self,
+        key: LayerKey,
+        call: ForwardCall | None,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+    ) -> Tensor:
+        """Return a layer's result; ``call`` keeps what its backward half needs, if it may."""
+        if call is not None:
+            found = self._lent.forward(key, x_TH, ids_TK, weights_TK)
+            if found is not None:
+                out_TH, call.kept = found
+                return out_TH
+            call.sent = True
+        return self.router.forward(key, x_TH, ids_TK, weights_TK)
+
     def backward(
         self,
         key: LayerKey,
@@ -102,19 +145,24 @@ class Learning:
         weights_TK: Tensor,
         grad_y_TH: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the gradients of x and of the weights; hosts add those of their experts up.
+        """Return the gradients of x and of the weights; those of the experts are added up.
 
-        Raises StepLost if a host does not answer any more, and BadExpert if gradients are not
-        finite. After any error the attempt is over: hosts may lack a part of its gradients.
+        Hosts do that, or this process if they have lent all of the call's experts. Raises StepLost
+        if a host does not answer any more, and BadExpert if gradients are not finite. After any
+        error the attempt is over: a part of its gradients may be missing.
         """
         if call.attempt != self._attempt:
             raise StepLost(f"the forward pass belongs to {call.attempt}, which is over")
-        self.touched = True
+        given = x_TH, ids_TK, weights_TK, grad_y_TH
+        self._layers.add(key.layer)
         try:
-            found = self._through_pool(key, call, x_TH, ids_TK, weights_TK, grad_y_TH)
+            found = None if call.sent else self._lent.backward(key, call.kept, *given)
+            if found is None:
+                found = self._through_pool(key, call, *given)
             self.learned(key.layer)
         except BaseException as error:
-            self.end(f"{call.attempt} is over ({describe_error(error)}); call zero_grad() first")
+            self._broken = f"{call.attempt} is over ({describe_error(error)})"
+            self.end(f"{self._broken}; call zero_grad() first")
             raise
         return found
 
@@ -164,8 +212,11 @@ class LearningLayer:
     def begin(self) -> ForwardCall:
         return self._learning.forward_call()
 
-    def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return self._learning.router.forward(self._key, x_TH, ids_TK, weights_TK)
+    def forward(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, call: object | None = None
+    ) -> Tensor:
+        assert call is None or isinstance(call, ForwardCall)
+        return self._learning.forward(self._key, call, x_TH, ids_TK, weights_TK)
 
     def backward(
         self, call: object, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grad_y_TH: Tensor

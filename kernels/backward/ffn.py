@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..ffn import ExpertForm, ExpertWeights, expert_ffn, sorted_assignments
+from ..ffn import ExpertForm, ExpertWeights, expert_ffn, expert_up, sorted_assignments
 from ..grouped.activation import Activation, value_and_gradient
 from .accumulators import GradientAccumulators
 
@@ -145,7 +145,7 @@ def reference_backward(
     Its gradients of weights are rounded to the experts' type before they are added.
     """
     assignments = sorted_assignments(ids_TK, x_TH.device)
-    _refuse_packed(experts, assignments.experts)
+    refuse_packed(experts, assignments.experts)
     grad_x.zero_()
     grad_weights_TK.zero_()
     gradients: dict[int, ExpertGradients] = {}
@@ -160,7 +160,7 @@ def reference_backward(
             of_x_RH, of_weights_R, *found = torch.autograd.grad(
                 y_RH, [x_RH, weights_R, *tensors.values()], grad_y_TH[token_R]
             )
-        _write_rows(grad_x, assignment_R, token_R, of_x_RH)
+        write_rows(grad_x, assignment_R, token_R, of_x_RH)
         grad_weights_TK.view(-1)[assignment_R] = of_weights_R
         gradients[number] = WholeGradients(dict(zip(tensors, found, strict=True)))
     return PendingGradients(gradients)
@@ -215,7 +215,7 @@ def loop_backward(
 ) -> PendingGradients:
     """Compute one expert after another."""
     assignments = sorted_assignments(ids_TK, x_TH.device)
-    _refuse_packed(experts, assignments.experts)
+    refuse_packed(experts, assignments.experts)
     grad_x.zero_()
     grad_weights_TK.zero_()
     rows: dict[int, ExpertGradients] = {}
@@ -225,26 +225,30 @@ def loop_backward(
         # What is kept must be ordinary tensors: other threads are not in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             x_RH, weights_R, grad_y_RH = (one.index_select(0, at_R) for one, at_R in given)
-            of_weights_R, of_x_RH, rows[number] = _expert_backward(
-                form, experts[number], x_RH, weights_R, grad_y_RH
+            up_RU = expert_up(form.forward, experts[number], x_RH)
+            of_weights_R, of_x_RH, rows[number] = expert_backward(
+                form, experts[number], x_RH, up_RU, weights_R, grad_y_RH
             )
-        _write_rows(grad_x, assignment_R, token_R, of_x_RH)
+        write_rows(grad_x, assignment_R, token_R, of_x_RH)
         grad_weights_TK.view(-1)[assignment_R] = of_weights_R
     return PendingGradients(rows)
 
 
-def _expert_backward(
+def expert_backward(
     form: BackwardForm,
     expert: ExpertWeights,
     x_RH: Tensor,
+    up_RU: Tensor,
     weights_R: Tensor,
     grad_y_RH: Tensor,
 ) -> tuple[Tensor, Tensor, ExpertRows]:
-    """Return the gradients of the rows' weights and of x, and the rows for those of the expert."""
+    """Return the gradients of the rows' weights and of x, and the rows for those of the expert.
+
+    ``up_RU`` is what `ffn.expert_up` computes of ``x_RH``; its memory is used for other things.
+    """
     dtype, wide = x_RH.dtype, weights_R.dtype
     # Both as in layers whose weights are not transposed; a product reads either layout.
     up_UH, down_HI = (m.t() if form.forward.transposed else m for m in (expert.up, expert.down))
-    up_RU = linear(x_RH, up_UH, expert.up_bias)
     weights_R1 = weights_R.unsqueeze(-1)
     post_norm = form.forward.post_norm
     if post_norm is None:
@@ -281,20 +285,21 @@ def _through_activation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the activated rows, the gradient of ``up_RU``, and each row's <grad, activated>.
 
-    Everything is computed and returned in the wide type, that of ``grad_RI``.
+    Everything is computed and returned in the wide type, that of ``grad_RI``. The memory of what is
+    given may be used for what is returned.
     """
     up_RU = up_RU.to(grad_RI.dtype)
     if form.activation is None:
         activated_RI, grad_up_RU = value_and_gradient(form.forward.activate, up_RU, grad_RI)
     else:
-        activated_RI, grad_up_RU = form.activation.backward(up_RU, grad_RI)
-    return activated_RI, grad_up_RU, (grad_RI * activated_RI).sum(dim=1)
+        activated_RI, grad_up_RU = form.activation.backward(up_RU, grad_RI, overwrite=True)
+    return activated_RI, grad_up_RU, grad_RI.mul_(activated_RI).sum(dim=1)
 
 
 # ---- both ---------------------------------------------------------------------------------------
 
 
-def _write_rows(grad_x: Tensor, assignment_R: Tensor, token_R: Tensor, rows_RH: Tensor) -> None:
+def write_rows(grad_x: Tensor, assignment_R: Tensor, token_R: Tensor, rows_RH: Tensor) -> None:
     """Add rows to those of their tokens, or write them to those of their assignments."""
     rows_RH = rows_RH.to(grad_x.dtype)
     if grad_x.dim() == 2:
@@ -303,10 +308,9 @@ def _write_rows(grad_x: Tensor, assignment_R: Tensor, token_R: Tensor, rows_RH: 
         grad_x.view(-1, grad_x.shape[2])[assignment_R] = rows_RH
 
 
-def _refuse_packed(experts: Mapping[int, ExpertWeights], used: list[int]) -> None:
+def refuse_packed(experts: Mapping[int, ExpertWeights], used: list[int]) -> None:
     for number in used:
-        expert = experts[number]
-        if expert.fused is not None or expert.up.is_mkldnn or expert.down.is_mkldnn:
+        if experts[number].is_packed:
             raise ValueError(
                 f"expert {number}: its matrices are packed, and only plain ones have a backward "
                 "pass; `unpack` the expert first"

@@ -57,52 +57,61 @@ class Activation:
             value_RI = value_RI.clamp(-self.limit, self.limit)
         return self._function(gate_RI) * (value_RI + self.up_offset)
 
-    def backward(self, up_R: Tensor, grad_RI: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, up_R: Tensor, grad_RI: Tensor, *, overwrite: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return the activated rows, (R, I), and the gradient of ``up_R``, of its shape.
 
         ``grad_RI`` is that of the activated rows. At a limit a gradient passes, as in PyTorch, and
-        NaN stays NaN.
+        NaN stays NaN. With ``overwrite`` the gradient lies in the memory of ``up_R``.
         """
+        grad_up_R = up_R if overwrite else torch.empty_like(up_R)
         if not self.gated:
-            return self._function(up_R), self._function_backward(up_R, grad_RI)
-        grad_up_R = torch.empty_like(up_R)
+            function_RI = self._function(up_R)
+            self._function_backward(up_R, grad_RI, grad_up_R)
+            return function_RI, grad_up_R
         pieces = [
             (one[..., ::2], one[..., 1::2]) if self.interleaved else one.chunk(2, dim=-1)
             for one in (up_R, grad_up_R)
         ]
         (gate_RI, value_RI), (grad_gate_RI, grad_value_RI) = pieces
         kept_gate_RI, kept_value_RI = gate_RI, value_RI
+        beyond: tuple[Tensor, Tensor] | None = None
         if self.limit < math.inf:
+            beyond = gate_RI > self.limit, value_RI.abs() > self.limit
             kept_gate_RI = gate_RI.clamp(max=self.limit)
             kept_value_RI = value_RI.clamp(-self.limit, self.limit)
         factor_RI = kept_value_RI + self.up_offset if self.up_offset else kept_value_RI
         function_RI = self._function(kept_gate_RI)
-        grad_gate_RI.copy_(self._function_backward(kept_gate_RI, grad_RI * factor_RI))
+        activated_RI = function_RI * factor_RI
+        # What is read of ``up_R`` is read before it is written to.
+        self._function_backward(kept_gate_RI, grad_RI * factor_RI, grad_gate_RI)
         torch.mul(grad_RI, function_RI, out=grad_value_RI)
-        if self.limit < math.inf:
-            grad_gate_RI.masked_fill_(gate_RI > self.limit, 0.0)
-            grad_value_RI.masked_fill_(value_RI.abs() > self.limit, 0.0)
-        return function_RI * factor_RI, grad_up_R
+        if beyond is not None:
+            grad_gate_RI.masked_fill_(beyond[0], 0.0)
+            grad_value_RI.masked_fill_(beyond[1], 0.0)
+        return activated_RI, grad_up_R
 
     def _function(self, x: Tensor) -> Tensor:
         if self.function == "silu" and self.alpha != 1.0:
             return x * torch.sigmoid(self.alpha * x)
         return FUNCTIONS[self.function](x)
 
-    def _function_backward(self, x: Tensor, grad: Tensor) -> Tensor:
+    def _function_backward(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        """Write the gradient of ``x`` to ``out``, which may be ``x`` itself."""
+        aten = torch.ops.aten
         match self.function:
             case "silu":  # x * sigmoid(alpha * x) is silu(alpha * x) / alpha
-                return torch.ops.aten.silu_backward(
-                    grad, x if self.alpha == 1.0 else self.alpha * x
-                )
+                x = x if self.alpha == 1.0 else self.alpha * x
+                aten.silu_backward(grad, x, grad_input=out)
             case "gelu":
-                return torch.ops.aten.gelu_backward(grad, x)
+                aten.gelu_backward(grad, x, grad_input=out)
             case "gelu_tanh":
-                return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+                aten.gelu_backward(grad, x, approximate="tanh", grad_input=out)
             case "relu":
-                return torch.ops.aten.threshold_backward(grad, x, 0.0)
+                aten.threshold_backward(grad, x, 0.0, grad_input=out)
             case "relu2":
-                return grad * torch.relu(x) * 2.0
+                torch.mul(grad * torch.relu(x), 2.0, out=out)
             case _:
                 raise ValueError(f"function {self.function!r} has no derivative here")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
 from ...proto.errors import UnsupportedModel
-from .routing_record import once_in_a_layer
+from .routing_record import is_recorded, once_in_a_layer
 
 IMPLEMENTATION = "moesaic"
 
@@ -33,8 +33,14 @@ class LearningPool(Protocol):
         """Return what names a call's gradients, for `backward`."""
         ...
 
-    def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Return the layer's result, (T, H)."""
+    def forward(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, call: object | None = None
+    ) -> Tensor:
+        """Return the layer's result, (T, H).
+
+        ``call`` is what `begin` returned, and may keep what is needed until `backward`; None: what
+        is kept here would outlive the activations of the layer, or there is no backward half.
+        """
         ...
 
     def backward(
@@ -68,7 +74,9 @@ class _Learning(torch.autograd.Function):
     ) -> Tensor:
         ctx.pool, ctx.call = pool, pool.begin()
         ctx.save_for_backward(x_TH, ids_TK, w_TK)
-        return once_in_a_layer(lambda: pool.forward(x_TH, ids_TK, w_TK))
+        if is_recorded():
+            return once_in_a_layer(lambda: pool.forward(x_TH, ids_TK, w_TK))
+        return pool.forward(x_TH, ids_TK, w_TK, ctx.call)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -99,6 +99,11 @@ def once_in_a_layer(compute: Callable[[], Tensor]) -> Tensor:
     return compute() if record is None else record.once(compute)
 
 
+def is_recorded() -> bool:
+    """Return whether a layer runs whose activations are not kept, so that it runs again."""
+    return _running.get() is not None
+
+
 def record_routing(model: nn.Module) -> None:
     """Let layers that transformers checkpoints from now on keep to their choices of experts."""
     enable: Any = model._set_gradient_checkpointing

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router.router import Router
@@ -47,9 +48,9 @@ def computed(pool: Hosts) -> int:
 
 
 @contextmanager
-def half_lent(folder: Path, *, exact: bool) -> Iterator[tuple[Hosts, Router]]:
-    """Two hosts, of which one lends."""
-    with serving(folder, hosts=1, lends=True, exact=exact) as lender:
+def half_lent(folder: Path, *, exact: bool, **options: Any) -> Iterator[tuple[Hosts, Router]]:
+    """Two hosts, of which one lends; it has all other layers alone."""
+    with serving(folder, hosts=1, lends=True, exact=exact, **options) as lender:
         other = ExpertHost("other", node="here", device="cpu")
         try:
             kept = list(range(0, EXPERTS, 2))

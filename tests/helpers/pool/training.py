@@ -8,7 +8,7 @@ Shape suffixes: V = vocabulary, K = assignments of a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from moesaic.models.trunk.experts_layers import experts_layers, is_experts_modul
 from moesaic.models.trunk.routing_record import record_routing
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
 from tests.helpers.models.architectures import tiny_model
+from tests.helpers.pool.lending import heard
 from tests.helpers.pool.serving import PATIENT, Hosts, serving
 
 FIRST = Attempt(1, 0, 0)
@@ -89,8 +90,19 @@ class Trunk:
         self.model.requires_grad_(True)
         self.connect(PATIENT, borrows=borrows)
 
-    def connect(self, policy: RouterPolicy, *, borrows: bool = False) -> None:
-        self.learning = Learning(self.pool.router(borrows=borrows, policy=policy), "m", self.dtype)
+    def connect(
+        self,
+        policy: RouterPolicy,
+        *,
+        borrows: bool = False,
+        lenders: Collection[str] | None = None,
+        sums_limit_bytes: int | None = None,
+    ) -> None:
+        """``lenders``: the hosts that lend; None: all."""
+        router = self.pool.router(borrows=borrows, policy=policy)
+        if borrows:
+            heard(router, *(self.pool.placement.hosts if lenders is None else lenders))
+        self.learning = Learning(router, "m", self.dtype, sums_limit_bytes=sums_limit_bytes)
         connect_experts(self.model, self.pool.layers, self.learning.layer)
         self.learning.watch(self.model)
         record_routing(self.model)
@@ -104,19 +116,31 @@ class Trunk:
             host.train(Begin(attempt=attempt, exact=exact))
         self.learning.begin(attempt)
 
-    def gradients(self, attempt: Attempt = FIRST) -> Gradients:
-        """Those of the experts, summed over hosts."""
+    def gradients(self, attempt: Attempt = FIRST, *, here: bool | None = None) -> Gradients:
+        """Those of the experts, summed over hosts and this process.
+
+        ``here`` says that this process has all of them, or none.
+        """
         found: Gradients = {}
         for host in self.pool.hosts:
             answer = host.train(Gather(attempt=attempt))
             assert isinstance(answer, Gathered)
+            assert not (here and answer.keys)
             for key in answer.keys:
-                sums = found.setdefault(key, {})
                 wanted = BulkKey("gradient", key, attempt=attempt, source=host.name)
                 with host.training.reading(wanted) as tensors:
-                    for name, tensor in tensors.items():
-                        sums[name] = sums[name] + tensor if name in sums else tensor.clone()
+                    _add(found, key, tensors)
+        mine = self.learning.take()
+        assert here is not False or not mine
+        for key, tensors in mine.items():
+            _add(found, key, tensors)
         return found
+
+
+def _add(found: Gradients, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
+    sums = found.setdefault(key, {})
+    for name, tensor in tensors.items():
+        sums[name] = sums[name] + tensor if name in sums else tensor.clone()
 
 
 @contextmanager

@@ -378,7 +378,7 @@ def test_calls_in_a_captured_graph_are_checked_by_the_passes_that_run_it(
         finally:
             router.end_step()
 
-    flags = router._whole_calls._captured_flags
+    flags = router.whole_calls._captured_flags
     assert flags is not None
     assert a_pass(lambda: None)
     assert len(waits) == 1

@@ -65,8 +65,9 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     cluster cluster/load cluster/routing cluster/training
                                     actors/runtime actors/transport actors/transport/grpc
                                     actors/engine
-actors/training                     proto kernels/backward kernels/training models/export
-                                    models/trunk models/training cluster cluster/spec
+actors/training                     proto kernels kernels/backward kernels/slabs
+                                    kernels/training models/export models/trunk models/training
+                                    cluster cluster/spec
                                     cluster/training actors/runtime actors/transport/bulk
                                     actors/router
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing

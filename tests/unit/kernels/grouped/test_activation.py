@@ -85,6 +85,11 @@ def test_a_derivative_is_that_of_autograd(
     found_RI, found_R = one.backward(up_R.detach(), grad_RI)
     torch.testing.assert_close(found_RI, expected_RI.detach(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(found_R, expected_R, rtol=1e-13, atol=1e-13)
+    again_R = up_R.detach().clone()
+    again_RI, over_R = one.backward(again_R, grad_RI, overwrite=True)
+    assert over_R.data_ptr() == again_R.data_ptr()
+    assert torch.equal(over_R, found_R)
+    assert torch.equal(again_RI, found_RI)
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
