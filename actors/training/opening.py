@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from ...cluster.expert_keys import ExpertKey, trunk_block
-from ...cluster.training.steps import RunPlan, Trained
+from ...cluster.training.run_plan import RunPlan, Trained
 from ...kernels.training.update_rules import UpdateRule
 from ...models.training.groups import TrainedTensors
 from ...models.training.trunk_blocks import trunk_blocks

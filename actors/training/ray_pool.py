@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ...cluster.expert_keys import ExpertKey
 from ...cluster.training.orders import Answer, Order
-from ...cluster.training.steps import PoolNow
+from ...cluster.training.run_plan import PoolNow
 from ...proto.errors import HostLost, MoesaicError, NoAnswer
 from ..router.router import Router
 from ..runtime.ray_border import controller_of, last_line, ray_get

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from ...cluster.expert_keys import TRUNK, ExpertKey
 from ...cluster.spec.text import bytes_of
 from ...cluster.training.orders import BulkKey, GroupUpdate, Order
-from ...cluster.training.steps import Answers, Exchange, PoolNow, RunPlan, Squares, TrainingSteps
+from ...cluster.training.run_plan import PoolNow, RunPlan
+from ...cluster.training.steps import Answers, Exchange, Squares, TrainingSteps
 from ...cluster.versions import WeightVersions
 from ...models.export.plan import plan_export
 from ...models.export.training_checkpoint import read_checkpoint

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...cluster.expert_keys import TRUNK, ExpertKey
-from ...cluster.training.steps import Trained
+from ...cluster.training.run_plan import Trained
 from ...models.export.plan import ExportPlan
 from ...models.export.training_checkpoint import TrainingCheckpoint
 from ...models.export.write_checkpoint import write_checkpoint

@@ -25,7 +25,8 @@ from moesaic.cluster.training.orders import (
     Order,
     Own,
 )
-from moesaic.cluster.training.steps import Exchange, PoolNow, RunPlan, Trained, TrainingSteps
+from moesaic.cluster.training.run_plan import PoolNow, RunPlan, Trained
+from moesaic.cluster.training.steps import Exchange, TrainingSteps
 from moesaic.cluster.versions import WeightVersions
 from moesaic.proto.errors import (
     ClusterError,
@@ -358,7 +359,7 @@ class TrainingWorld:
             errors: list[MoesaicError] = []
             while len(errors) < 3:
                 try:
-                    self._part(name, Part(layer, microbatch, number), {key: gradient})
+                    self._part(name, Part(layer, 0, microbatch, number), {key: gradient})
                     break
                 except MoesaicError as error:
                     errors.append(error)

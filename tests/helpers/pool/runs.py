@@ -16,7 +16,7 @@ from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.cluster.placement import PlacementId
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.orders import Answer, Order
-from moesaic.cluster.training.steps import PoolNow
+from moesaic.cluster.training.run_plan import PoolNow
 from moesaic.models.trunk.routing_record import record_routing
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
 from moesaic.proto.errors import HostLost, MoesaicError

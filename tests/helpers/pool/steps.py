@@ -166,7 +166,7 @@ class Steps:
         self.put_weights()
         for host in self.hosts:
             keys = {key: NewlyOwned(self.groups(key)) for key in self.owned_by(host)}
-            self.order(host, Own(run=self.run, version=self.version, keys=keys))
+            self.order(host, Own(run=self.run, versions=versions(self.version), keys=keys))
 
     # ---- a step ---------------------------------------------------------------------------------
 
@@ -316,3 +316,8 @@ def experts_in(model: Any) -> dict[ExpertKey, dict[str, Tensor]]:
         for layer in experts_layers(model)
         for expert in range(layer.num_experts)
     }
+
+
+def versions(number: int, model: str = "m") -> WeightVersions:
+    """All of a model's weights have this version."""
+    return WeightVersions({model: number})

@@ -8,7 +8,7 @@ Shape suffixes: V = vocabulary, K = assignments of a token.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,25 +116,39 @@ class Trunk:
             host.train(Begin(attempt=attempt, exact=exact))
         self.learning.begin(attempt)
 
+    def on_hosts(self, attempt: Attempt = FIRST) -> Gradients:
+        """Those of the experts, summed over hosts."""
+        found: Gradients = {}
+        for host in self.pool.hosts:
+            answer = host.train(Gather(attempt=attempt))
+            assert isinstance(answer, Gathered)
+            for key in answer.keys:
+                wanted = BulkKey("gradient", key, attempt=attempt, source=host.name)
+                with host.training.reading(wanted) as tensors:
+                    _add(found, key, tensors)
+        return found
+
     def gradients(self, attempt: Attempt = FIRST, *, here: bool | None = None) -> Gradients:
         """Those of the experts, summed over hosts and this process.
 
         ``here`` says that this process has all of them, or none.
         """
-        found: Gradients = {}
-        for host in self.pool.hosts:
-            answer = host.train(Gather(attempt=attempt))
-            assert isinstance(answer, Gathered)
-            assert not (here and answer.keys)
-            for key in answer.keys:
-                wanted = BulkKey("gradient", key, attempt=attempt, source=host.name)
-                with host.training.reading(wanted) as tensors:
-                    _add(found, key, tensors)
+        found = self.on_hosts(attempt)
+        assert not (here and found)
         mine = self.learning.take()
         assert here is not False or not mine
         for key, tensors in mine.items():
             _add(found, key, tensors)
         return found
+
+
+def gradients_of(trunks: Sequence[Trunk], attempt: Attempt = FIRST) -> Gradients:
+    """Those of the experts, summed over hosts and the processes of all trunks."""
+    found = trunks[0].on_hosts(attempt)
+    for trunk in trunks:
+        for key, tensors in trunk.learning.take().items():
+            _add(found, key, tensors)
+    return found
 
 
 def _add(found: Gradients, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:

@@ -205,7 +205,9 @@ class InProcessLayer:
     def begin(self) -> int:
         return self.run.attempt
 
-    def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, call: object | None = None
+    ) -> Tensor:
         with torch.no_grad():
             return self.run.layers[self.number].module(x_TH, ids_TK, weights_TK)
 

@@ -34,6 +34,7 @@ from tests.helpers.pool.training import (
     assert_near,
     enable_checkpointing,
     expected,
+    gradients_of,
     learning_together,
     loss_of,
     plain_model,
@@ -125,7 +126,7 @@ def test_a_batch_is_the_same_whoever_computes_it(folder: Path) -> None:
             for number, ids in enumerate(MICROBATCHES):
                 batch_loss(trunks[number % workers].model, ids).backward()
             gradients = trunk_gradients(*(trunk.model for trunk in trunks))
-            found[workers, hosts, replicas] = gradients, trunks[0].gradients()
+            found[workers, hosts, replicas] = gradients, gradients_of(trunks)
     plain = plain_model(folder, torch.float64)
     for ids in MICROBATCHES:
         batch_loss(plain, ids).backward()
@@ -194,7 +195,7 @@ def test_workers_with_batches_of_different_sizes_or_none(folder: Path) -> None:
         ]
         for step in steps:
             step.result(timeout=30)
-        assert_equal(trunks, trunks[0].gradients(), plain, folder, TOLERANCE)
+        assert_equal(trunks, gradients_of(trunks), plain, folder, TOLERANCE)
 
 
 def test_padding_counts_in_no_loss_and_no_gradient(folder: Path) -> None:

@@ -24,6 +24,7 @@ from tests.helpers.pool.training import (
     NO_FLOAT64,
     assert_equal,
     enable_checkpointing,
+    gradients_of,
     learning_together,
     loss_of,
     plain_model,
@@ -132,7 +133,7 @@ def check(case: Case, folder: Path) -> None:
             for loss in reversed(losses):
                 loss.backward()
         tolerance = tolerance_of(case["architecture"], dtype)
-        assert_equal(trunks, trunks[0].gradients(), plain, folder, tolerance)
+        assert_equal(trunks, gradients_of(trunks), plain, folder, tolerance)
 
 
 def ids_of(worker: int, microbatch: int) -> Tensor:

@@ -180,10 +180,10 @@ def test_a_backward_call_after_the_gradients_are_gathered_is_refused(folder: Pat
         trunk.begin()
         loss, late = loss_of(trunk.model), loss_of(trunk.model)
         loss.backward()
-        before = trunk.gradients()
+        before = trunk.on_hosts()
         with pytest.raises(StepLost, match="takes no more gradients"):
             late.backward()
-        after = trunk.gradients()
+        after = trunk.on_hosts()
         assert before.keys() == after.keys() != set()
         assert all(
             torch.equal(tensor, after[key][name])

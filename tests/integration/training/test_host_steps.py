@@ -12,7 +12,7 @@ from torch import Tensor
 from moesaic.cluster.expert_keys import TRUNK, ExpertKey
 from moesaic.cluster.training.orders import BulkKey, Disown, GroupUpdate, NewlyOwned, Own
 from moesaic.proto.errors import HostLost
-from tests.helpers.pool.steps import Steps, experts_in, same
+from tests.helpers.pool.steps import Steps, experts_in, same, versions
 from tests.helpers.pool.training import IDS, assert_near, loss_of, plain_model, saved, training
 
 MICROBATCHES = (IDS, IDS[:1, 2:], IDS[1:, 3:])
@@ -134,7 +134,7 @@ def move(steps: Steps) -> None:
             key: NewlyOwned(steps.groups(key), steps.entries[before[key][0]])
             for key in steps.owned_by(host)
         }
-        steps.order(host, Own(run=steps.run, version=steps.version, keys=keys))
+        steps.order(host, Own(run=steps.run, versions=versions(steps.version), keys=keys))
         assert steps.hosts[host].report().owned == counts[host] + len(keys)
     for host in hosts:
         gone = tuple(key for key, owners in before.items() if host in owners)

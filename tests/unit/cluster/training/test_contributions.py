@@ -40,7 +40,7 @@ def test_a_part_counts_once_and_only_in_its_attempt(events: list[Attempt | tuple
 
 
 def test_a_closed_attempt_takes_no_more_parts() -> None:
-    contributions, attempt, part = Contributions(), Attempt(1, 0, 0), Part(LAYER, 0, 0)
+    contributions, attempt, part = Contributions(), Attempt(1, 0, 0), Part(LAYER, 0, 0, 0)
     contributions.begin(attempt)
     assert contributions.admit(attempt, part)
     for _ in range(2):

@@ -1,0 +1,46 @@
+"""What a run trains, and the pool that it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..expert_keys import ExpertKey
+from ..placement import HostEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolNow:
+    """The hosts of a pool as a run sees them at one moment."""
+
+    entries: Mapping[str, HostEntry]
+    domains: Mapping[str, str]  # of the hosts in `entries`
+    # The hosts that serve each expert of the model. A host that has just begun may be missing.
+    holders: Mapping[ExpertKey, tuple[str, ...]]
+    leaving: frozenset[str] = frozenset()  # they are drained, and own nothing new
+    # Versions before the served one that some host still holds.
+    old_versions: frozenset[int] = frozenset()
+
+    def incarnations(self) -> dict[str, int]:
+        return {host: entry.incarnation for host, entry in self.entries.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What is trained under one key."""
+
+    groups: Mapping[str, int]  # name -> the group of its hyperparameters
+    nbytes: int  # of its master
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a run trains, and how."""
+
+    run: int
+    model: str
+    optimizer: str
+    settings: Mapping[str, object]
+    tensors: Mapping[ExpertKey, Trained]
+    redundancy: int = 0  # owners of a key besides the first
+    exact: bool = False
