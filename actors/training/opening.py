@@ -1,9 +1,12 @@
-"""What a run trains, from what an optimizer has in its groups."""
+"""Opens a run over a pool on Ray: what it trains is what an optimizer has in its groups."""
 
 from __future__ import annotations
 
+import getpass
 import math
 from collections.abc import Iterable
+
+import ray
 
 from ...cluster.expert_keys import ExpertKey, trunk_block
 from ...cluster.training.run_plan import RunPlan, Trained
@@ -12,7 +15,57 @@ from ...models.training.groups import TrainedTensors
 from ...models.training.trunk_blocks import trunk_blocks
 from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes
 from ...proto.wire import wide
-from .run import LearningTrunk
+from ..router.router import Router
+from ..runtime.cluster_secret import secret_of
+from ..runtime.ray_border import controller_of, ray_get
+from ..transport.bulk.links import BulkLinks
+from .ray_pool import RayTrainingPool
+from .run import LearningTrunk, PoolRun
+
+# A model that was asleep is placed again first.
+_BEGIN_S = 90.0
+
+
+def open_run(
+    namespace: str,
+    model: str,
+    trunk: LearningTrunk,
+    router: Router,
+    layers: Iterable[ExpertsLayer],
+    trained: TrainedTensors,
+    rule: UpdateRule,
+    *,
+    redundancy: int | None = None,
+    exact: bool = False,
+) -> PoolRun:
+    """Begin to train a model of a cluster; ``layers`` are as in `plan_run`.
+
+    ``redundancy`` is how many hosts may be lost with what they own (None: as the spec says). Raises
+    ClusterError.
+    """
+    who = getpass.getuser()
+    asked = controller_of(namespace).begin_training.remote(model, who)
+    begun = ray_get(asked, _BEGIN_S, f"beginning to train {model}")
+    pool = RayTrainingPool(namespace, begun.run, model, router)
+    try:
+        plan = plan_run(
+            begun.run,
+            model,
+            trunk,
+            layers,
+            trained,
+            rule,
+            redundancy=begun.redundancy if redundancy is None else redundancy,
+            exact=exact,
+        )
+        node = ray.get_runtime_context().get_node_id()
+        links = BulkLinks(node, secret_of(namespace))
+    except BaseException:
+        pool.end()
+        raise
+    return PoolRun(
+        pool, links, trunk, plan, versions=begun.versions, next_version=begun.next_version
+    )
 
 
 def plan_run(

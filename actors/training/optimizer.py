@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ _BESIDE = {"params", "param_names", "initial_lr", "name"}
 _NAMES = 5  # how many an error lists
 
 
-class PoolOptimizer(torch.optim.Optimizer):
+class RunOptimizer(torch.optim.Optimizer):
     """An optimizer of `torch.optim` over a trunk's parameters and the experts in its pool.
 
     ``params`` are as `torch.optim` takes them; None is all that require gradients. Experts are in
@@ -109,8 +109,18 @@ class PoolOptimizer(torch.optim.Optimizer):
         """The run that it is over. Raises BadInput after `close`."""
         return self._check_open()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """End the run; the trunk can have another optimizer then. It may be called again."""
+        """End the run; the trunk can have another optimizer then. It may be called again.
+
+        The pool goes on to serve the weights of the last step. The optimizer's state is gone; to
+        keep it, save the model before.
+        """
         run, self._run = self._run, None
         for hook in self._hooks:
             hook.remove()

@@ -6,6 +6,7 @@ sends their gradients to the owners and takes the new weights from there, so it 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import threading
@@ -138,6 +139,8 @@ class PoolRun:
             self._exchange(self._steps.own())
             self._begun()
             self._keeper.start()
+            # Before Ray ends with the process: a thread that asks Ray then would crash it.
+            atexit.register(self.close)
         except BaseException:
             self.close()
             raise
@@ -156,7 +159,7 @@ class PoolRun:
     @property
     def has_gradients(self) -> bool:
         """Whether gradients were added up since the last step, or since they were dropped."""
-        return self._trunk.learning.touched or self._without is not None
+        return bool(self._trunk.learning.layers) or self._without is not None
 
     def squares(self) -> dict[tuple[int, str], float]:
         """Return the sum of squares of the experts' gradients, by layer and name in the pool.
@@ -292,6 +295,7 @@ class PoolRun:
 
     def close(self) -> None:
         """End the run; hosts forget what they own for it, and keep the weights."""
+        atexit.unregister(self.close)
         self._stop.set()
         if self._keeper.is_alive():
             self._keeper.join(_END_S)
@@ -317,9 +321,9 @@ class PoolRun:
         without = frozenset(every - learning.layers)
         learning.end("the step's gradients are summed up; call step() or zero_grad() first")
         with self._attempt():
-            own = learning.take()
-            self._each(own, lambda key: self._put_gradients(key, own.pop(key)))
+            own = dict(learning.take())
             put = {self._trunk.name: frozenset(own)}
+            self._each(list(own), lambda key: self._put_gradients(key, own.pop(key)))
             self._squares = self._exchange(self._steps.reduce_experts(without, put=put))
         self._without = without
 
@@ -381,7 +385,7 @@ class PoolRun:
                 return
         raise ClusterError(f"{kind} of {key} cannot be read: {error}") from error
 
-    def _each_block(self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]) -> None:
+    def _each(self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]) -> None:
         """Do something with blocks of the trunk side by side; raise the first error."""
         begun = [self._threads.submit(act, key) for key in keys]
         for one in begun:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion
 from ...cluster.placement import ModelRef, ModelShape
+from ...models.training.trainable_trunk import trainable_trunk_of
 from ...models.trunk.adapters import needs_adapter
 from ...models.trunk.experts_layers import (
     ExpertsLayer,
@@ -17,7 +18,8 @@ from ...models.trunk.experts_layers import (
     experts_layers,
 )
 from ...models.trunk.in_pool import IMPLEMENTATION
-from ...models.trunk.trunk import strip_experts
+from ...models.trunk.trainable import check_trainable
+from ...models.trunk.trunk import meta_model, strip_experts
 from ...proto.errors import UnsupportedModel
 from ...proto.keys import ClusterSecret
 from ...proto.wire import DTYPE_TO_WIRE
@@ -52,6 +54,8 @@ def attach_model(
             f"{type(model).__name__}: experts of this architecture can only be served from a "
             "checkpoint; save it with save_pretrained and use Cluster.from_pretrained"
         )
+    if train:
+        check_trainable(model)
     layers = experts_layers(model)
     dtypes = {p.dtype for layer in layers for _, p in expert_parameters(layer)}
     dtype = next(iter(dtypes))
@@ -83,9 +87,22 @@ def attach_model(
     by_number = {la.layer: la for la in layers}
     for granted in wanted:
         _send(granted, secret, by_number)
+    frozen = {
+        (layer.layer, layer.pool_name(name))
+        for layer in layers
+        for name, parameter in expert_parameters(layer)
+        if not parameter.requires_grad
+    }
     strip_experts(model)
     model.set_experts_implementation(IMPLEMENTATION)
-    return PoolTrunk(make_config(ref), model, layers, learns=train)
+    if not train:
+        return PoolTrunk(make_config(ref), model, layers)
+    trunk = PoolTrunk(
+        make_config(ref), model, experts_layers(meta_model(model.config)), learns=True
+    )
+    for one in trainable_trunk_of(model).stand_ins:
+        one.parameter.requires_grad_((one.layer, one.name) not in frozen)
+    return trunk
 
 
 def _send(granted: Granted, secret: ClusterSecret, layers: Mapping[int, ExpertsLayer]) -> None:

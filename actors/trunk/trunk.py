@@ -17,10 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...models.folder.tokenizer import read_tokenizer
+from ...models.training.trainable_trunk import TrainableTrunk
 from ...models.trunk.config import read_config, torch_dtype
 from ...models.trunk.describe import describe_model
 from ...models.trunk.experts_layers import ExpertsLayer, experts_layers, forms_anywhere
 from ...models.trunk.routing_record import record_routing
+from ...models.trunk.trainable import check_trainable
 from ...models.trunk.trunk import (
     connect_experts,
     disconnect_experts,
@@ -71,7 +73,10 @@ class PoolTrunk:
         *,
         learns: bool = False,
     ) -> None:
-        """With ``learns`` gradients go through the pool: `learning` says to which step."""
+        """With ``learns`` gradients go through the pool: `learning` says to which step.
+
+        ``layers`` are those of the model with its experts, as of the meta model.
+        """
         self.config = config
         self.model = model
         self.layers = layers
@@ -80,8 +85,11 @@ class PoolTrunk:
         numbers, forms = [layer.layer for layer in layers], forms_anywhere(layers)
         self._link = PoolLink(config, numbers, model.device, forms)
         self.router = self._link.router
+        self._trainable: TrainableTrunk | None = None
         if learns:
-            self.learning = Learning(self.router, name, torch_dtype(config.model.dtype))
+            dtype = torch_dtype(config.model.dtype)
+            self._trainable = TrainableTrunk(model, layers, dtype)
+            self.learning = Learning(self.router, name, dtype)
             connect_experts(model, layers, self.learning.layer)
             self.learning.watch(model)
             record_routing(model)
@@ -92,6 +100,8 @@ class PoolTrunk:
 
     def close(self) -> None:
         try:
+            if self._trainable is not None:
+                self._trainable.close()
             disconnect_experts(self.model)
         finally:
             self._link.close()
@@ -120,6 +130,7 @@ def open_trunk(config: TrunkConfig, *, learns: bool = False) -> PoolTrunk:
         take_for_trunk(device, config.share, sizes.trunk_bytes + cache)
     model = load_trunk(path, dtype=dtype, device=device)
     if learns:
+        check_trainable(model)
         model.train().requires_grad_(True)
     return PoolTrunk(config, model, layers, learns=learns)
 

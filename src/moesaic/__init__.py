@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .proto.errors import MoesaicError
     from .starting import up
     from .traces import read_trace, write_trace
+    from .training import PoolOptimizer
 
 # OpenMP reads it once, when torch is loaded. A trunk and its hosts take turns on the same cores,
 # and threads that spin while they wait make both ten times slower (measured).
@@ -53,6 +54,7 @@ __all__ = [
     "ExpertReport",
     "MoesaicError",
     "PlanReport",
+    "PoolOptimizer",
     "RouterClient",
     "ScalingReport",
     "Spec",
@@ -82,6 +84,7 @@ _HOMES = {
     "ExpertReport": "cluster.reports.activity",
     "MoesaicError": "proto.errors",
     "PlanReport": "cluster.reports.placing",
+    "PoolOptimizer": "training",
     "RouterClient": "clients.router_client",
     "ScalingReport": "cluster.reports.scaling",
     "Spec": "cluster.spec.spec",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .actors.serve.launch import Launched, Progress
+    from .actors.training.run import PoolRun
     from .actors.trunk.trunk import PoolTrunk
     from .cluster.load.trace import Trace
     from .cluster.placement import ModelRef
@@ -69,6 +70,7 @@ class Cluster:
         self._session = session
         self._launched = launched
         self._trunks: list[PoolTrunk] = []
+        self._runs: list[PoolRun] = []
         self._controller = ControllerClient(self._join)
 
     @property
@@ -349,6 +351,40 @@ class Cluster:
         self._trunks.append(trunk)
         return trunk.model
 
+    def _open_run(
+        self,
+        model: PreTrainedModel,
+        trained: TrainedTensors,
+        rule: UpdateRule,
+        *,
+        redundancy: int | None,
+        exact: bool,
+    ) -> PoolRun:
+        """Begin to train a model that this handle has opened. Raises BadInput and ClusterError."""
+        from .actors.training.opening import open_run
+        from .actors.training.run import LearningTrunk
+        from .proto.errors import BadInput
+
+        trunk = next((one for one in self._trunks if one.model is model), None)
+        if trunk is None or trunk.learning is None:
+            raise BadInput(
+                f"model: {type(model).__name__} was not opened by cluster {self.name!r}; give the "
+                "model and the cluster whose from_pretrained or attach has returned it"
+            )
+        run = open_run(
+            self._join(),
+            trunk.config.model.name,
+            LearningTrunk(model=model, learning=trunk.learning, name=trunk.config.name),
+            trunk.router,
+            trunk.layers,
+            trained,
+            rule,
+            redundancy=redundancy,
+            exact=exact,
+        )
+        self._runs.append(run)
+        return run
+
     @property
     def drain_s(self) -> float:
         """Seconds for running answers when the cluster ends: `endpoint.drain_s`."""
@@ -369,9 +405,10 @@ class Cluster:
             if launched is not None:
                 last_first.callback(remove_session, self.name)
                 last_first.callback(launched.close, self.drain_s, told)
-            for trunk in self._trunks:
-                last_first.callback(trunk.close)
+            for part in (*self._trunks, *self._runs):
+                last_first.callback(part.close)
             self._trunks.clear()
+            self._runs.clear()
         if launched is not None:
             return
         if timeout_s is None:

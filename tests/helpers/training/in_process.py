@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.actors.training.optimizer import PoolOptimizer
+from moesaic.actors.training.optimizer import RunOptimizer
 from moesaic.cluster.training.orders import GroupUpdate
 from moesaic.kernels.training.update_rules import UpdateRule
 from moesaic.models.training.groups import TrainedTensors
@@ -255,10 +255,10 @@ def open_run(plain: Any, checkpoints: dict[Path, dict[str, Any]] | None = None) 
 @contextmanager
 def training(
     run: InProcessRun, params: Callable[[Any], Any] | None = None, **options: Any
-) -> Iterator[PoolOptimizer]:
+) -> Iterator[RunOptimizer]:
     """An optimizer over a trunk; ``params`` makes groups of a model."""
     given = None if params is None else params(run.trunk)
-    optimizer = PoolOptimizer(run.trunk, run.open, params=given, **options)
+    optimizer = RunOptimizer(run.trunk, run.open, params=given, **options)
     try:
         yield optimizer
     finally:

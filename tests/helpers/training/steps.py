@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers.training.in_process import InProcessRun, differences
 
-LR = {"lr": 1e-2}
+LR: dict[str, Any] = {"lr": 1e-2}
 # Names of experts' parameters by layer.
 UP = "model.layers.{}.mlp.experts.gate_up_proj"
 DOWN = "model.layers.{}.mlp.experts.down_proj"

@@ -107,7 +107,9 @@ def trained(
     folder: Path, *, moved: bool, near: bool | None = None
 ) -> dict[tuple[ExpertKey, str], Tensor]:
     """Return masters and state after four steps; ``moved``: owners change after two."""
-    with training(folder, dtype=torch.float32, hosts=3, replicas=2, opened=False) as trunk:
+    with training(
+        folder, dtype=torch.float32, hosts=3, exact=True, replicas=2, opened=False
+    ) as trunk:
         steps = Steps(trunk, near=near)
         steps.open()
         steps.own()

@@ -220,7 +220,7 @@ def test_nllb_moe_is_refused_for_as_long_as_transformers_computes_it_wrongly(
 def test_a_model_in_memory_is_told_to_come_from_a_folder() -> None:
     with pytest.raises(UnsupportedModel, match=r"Dbrx.*save_pretrained.*Cluster\.from_pretrained"):
         attach_model(
-            tiny_model("dbrx"), namespace="", name="m", replicas=1, exact=False,
+            tiny_model("dbrx"), namespace="", name="m", replicas=1, exact=False, train=False,
             make_config=lambda ref: pytest.fail("nothing was to be opened"),
         )  # fmt: skip
 

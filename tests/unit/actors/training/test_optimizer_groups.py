@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from moesaic.actors.training.optimizer import PoolOptimizer
+from moesaic.actors.training.optimizer import RunOptimizer
 from moesaic.models.training.pool_gradient import PoolGradient
 from moesaic.proto.errors import BadInput, InternalError
 from tests.helpers.training.in_process import InProcessRun, differences, open_run, training
@@ -183,13 +183,13 @@ def test_a_model_that_is_wrapped_or_not_open_is_refused(start: Any, run: InProce
         pass
 
     with pytest.raises(BadInput, match="DataParallel: give the model that the cluster has opened"):
-        PoolOptimizer(nn.DataParallel(run.trunk), run.open)  # pyright: ignore[reportArgumentType]
+        RunOptimizer(nn.DataParallel(run.trunk), run.open)  # pyright: ignore[reportArgumentType]
     with pytest.raises(BadInput, match="it is not open for training"):
-        PoolOptimizer(start, run.open)
+        RunOptimizer(start, run.open)
     trunk = copy.copy(run.trunk)
     trunk.__class__ = FSDPMixtral
     with pytest.raises(BadInput, match="FSDPMixtral: its parameters are sharded"):
-        PoolOptimizer(trunk, run.open)
+        RunOptimizer(trunk, run.open)
 
 
 def test_copies_of_data_parallel_are_refused(run: InProcessRun) -> None:
@@ -209,7 +209,7 @@ def test_several_processes_are_refused(run: InProcessRun, monkeypatch: pytest.Mo
 def test_a_second_optimizer(start: Any, run: InProcessRun) -> None:
     with training(run, **LR) as optimizer:
         with pytest.raises(BadInput, match="another PoolOptimizer trains it"):
-            PoolOptimizer(run.trunk, run.open)
+            RunOptimizer(run.trunk, run.open)
         learn(run)
         optimizer.step()
         for one in run.trunk.lm_head.parameters():
@@ -235,7 +235,7 @@ def test_closing_gives_the_trunk_back_and_frees_everything(run: InProcessRun) ->
     run.learned = lambda _: None
     gone = weakref.ref(optimizer)
     del optimizer, used
-    again = PoolOptimizer(run.trunk, run.open, **LR)
+    again = RunOptimizer(run.trunk, run.open, **LR)
     again.close()
     gc.collect()
     assert gone() is None
@@ -246,6 +246,6 @@ def test_a_run_that_does_not_open_leaves_the_trunk_free(run: InProcessRun) -> No
         raise InternalError("no hosts")
 
     with pytest.raises(InternalError, match="no hosts"):
-        PoolOptimizer(run.trunk, fail)
+        RunOptimizer(run.trunk, fail)
     with training(run, **LR):
         pass

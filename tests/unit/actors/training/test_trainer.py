@@ -45,6 +45,7 @@ def trainer_of(
     **arguments: Any,
 ) -> Trainer:
     """A Trainer at its defaults but for what is logged and how long it goes on."""
+    given: dict[str, Any] = {"save_strategy": "no"} | arguments
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -55,7 +56,7 @@ def trainer_of(
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        **{"save_strategy": "no"} | arguments,
+        **given,
     )
     return Trainer(
         model=model,
@@ -137,9 +138,10 @@ def test_what_the_trainer_saves_has_all_experts(tmp_path: Path) -> None:
         trainer = trainer_of(run.trunk, optimizer, tmp_path, callbacks=[StopAt(2)])
         trainer.train()
         trainer.save_model(str(tmp_path / "saved"))
-        found, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             tmp_path / "saved", output_loading_info=True
         )
+        found, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert max(differences(found, run).values()) == 0.0
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from moesaic.models.training.pool_gradient import PoolGradient, Recorded
 from moesaic.proto.errors import BadInput
 
+UNTYPED: Any = torch  # some functions have no types
+
 
 def with_norm(norm: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     """Return a stand-in whose gradient has this norm."""
@@ -100,9 +102,9 @@ MULTIPLY: dict[str, Callable[[Any], Any]] = {
     "div_ by a tensor": lambda g: g.div_(torch.tensor(4.0)),
     "of data": lambda g: g.data.mul_(0.25),
     "of a detached one": lambda g: g.detach().div_(4.0),
-    "foreach": lambda g: torch._foreach_mul_([g, torch.ones(2)], 0.25),
-    "foreach by a tensor": lambda g: torch._foreach_mul_([g, torch.ones(2)], torch.tensor(0.25)),
-    "foreach div": lambda g: torch._foreach_div_([torch.ones(2), g], 4.0),
+    "foreach": lambda g: UNTYPED._foreach_mul_([g, torch.ones(2)], 0.25),
+    "foreach by a tensor": lambda g: UNTYPED._foreach_mul_([g, torch.ones(2)], torch.tensor(0.25)),
+    "foreach div": lambda g: UNTYPED._foreach_div_([torch.ones(2), g], 4.0),
 }
 
 
@@ -153,8 +155,8 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "aten.mul_.*it is no factor": lambda g: torch.ones(1, 1, 1).mul_(g),
     "aten.div.*it cannot divide": lambda g: torch.ones(1, 1, 1) / g,
     "aten.add.out": lambda g: torch.add(torch.ones(1, 1, 1), 1.0, out=g),
-    "aten._foreach_mul_.*one number": lambda g: torch._foreach_mul_([torch.ones(2)], g),
-    "aten._foreach_add_|aten.add_": lambda g: torch._foreach_add_([torch.ones(1), g], 1.0),
+    "aten._foreach_mul_.*one number": lambda g: UNTYPED._foreach_mul_([torch.ones(2)], g),
+    "aten._foreach_add_|aten.add_": lambda g: UNTYPED._foreach_add_([torch.ones(1), g], 1.0),
     "over all dimensions": lambda g: g.norm(dim=0),
 }
 

@@ -1,0 +1,60 @@
+"""`PoolOptimizer`: trains a model whose experts are in a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from .actors.training.optimizer import RunOptimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .handle import Cluster
+
+
+class PoolOptimizer(RunOptimizer):
+    """An optimizer of `torch.optim` over a model that a cluster has opened for training.
+
+    Use it like any other: in a loop of your own, or as ``optimizers=(PoolOptimizer(...), None)`` of
+    transformers' Trainer and what is built on it. Masters and state are on the cluster's hosts, and
+    each `step` is applied by all of them or by none. It ends with `close`, or as a context.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cluster: Cluster,
+        *,
+        optimizer: str = "AdamW",
+        params: Iterable[Any] | None = None,
+        max_grad_norm: float | None = None,
+        not_finite: Literal["stop", "skip"] = "stop",
+        redundancy: int | None = None,
+        exact: bool = False,
+        **hyperparameters: object,
+    ) -> None:
+        """Begin to train ``model``, which `from_pretrained` or `attach` of ``cluster`` opened.
+
+        ``optimizer`` is a class of `torch.optim`, with its ``hyperparameters``. ``params`` are
+        parameters or groups of the model's (None: all that require gradients); the experts' tensors
+        are among them, each as a stand-in of one element. ``max_grad_norm`` clips in `step`, where
+        the trainer does not. Gradients that are not finite raise BadExpert, or with
+        ``not_finite="skip"`` the step is skipped with a warning. ``redundancy`` is how many hosts
+        may be lost with what they own (None: `balance.redundancy`); with 0 a run whose host dies
+        has to go back to a checkpoint. ``exact``: sums of gradients do not depend on the order in
+        which they arrive.
+
+        Raises BadInput for what cannot be trained, and ClusterError.
+        """
+        super().__init__(
+            model,
+            lambda trained, rule: cluster._open_run(
+                model, trained, rule, redundancy=redundancy, exact=exact
+            ),
+            optimizer=optimizer,
+            params=params,
+            max_grad_norm=max_grad_norm,
+            not_finite=not_finite,
+            **hyperparameters,
+        )
