@@ -427,22 +427,23 @@ class PoolRun:
         """Renew the lease, and let owners follow hosts while no step does so."""
         while not self._stop.wait(LOOK_S):
             try:
-                now = self._pool.now()
+                self._keep_once()
             except Superseded as error:
                 self._over = error
                 return
             except MoesaicError as error:
-                log.warning("run %d: the controller does not answer: %s", self.run, error)
-                continue
-            if self._lock.acquire(blocking=False):
-                try:
-                    if not (self._steps.is_reducing or self._stop.is_set()):
-                        for host, error in self._exchange(self._steps.follow(now)).items():
-                            log.warning("run %d: %s: %s", self.run, host, error)
-                except MoesaicError as error:
-                    log.warning("run %d: %s", self.run, describe_error(error))
-                finally:
-                    self._lock.release()
+                log.warning("run %d: %s", self.run, describe_error(error))
+
+    def _keep_once(self) -> None:
+        now = self._pool.now()
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not (self._steps.is_reducing or self._steps.broken or self._stop.is_set()):
+                for host, error in self._exchange(self._steps.follow(now)).items():
+                    log.warning("run %d: %s: %s", self.run, host, error)
+        finally:
+            self._lock.release()
 
 
 def _bytes(size: int | str) -> int:

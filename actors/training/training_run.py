@@ -67,7 +67,7 @@ class TrainingRun(Protocol):
         """Forget what was added up; what follows belongs to a new attempt."""
         ...
 
-    def save(self, folder: Path, *, max_shard_size: int | str | None) -> None:
+    def save(self, folder: Path, *, max_shard_size: int | str | None) -> object:
         """Write the model and all state after the last commit, so that `restore` can read it.
 
         The folder may exist, and other files in it stay. ``max_shard_size`` is that of

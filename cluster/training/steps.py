@@ -83,7 +83,8 @@ class TrainingSteps:
         The first commit has ``next_version``. Raises ClusterError.
         """
         self.plan = plan
-        self.step = 0  # steps that were committed
+        self.step = 0  # steps that were committed, up to the state of now
+        self._turn = 0  # commits and checkpoints that were taken over: it never goes back
         self.versions = versions  # of the weights after the last commit
         self._next_version = next_version
         self.broken = ""  # why the run cannot go on
@@ -103,7 +104,7 @@ class TrainingSteps:
 
     @property
     def attempt(self) -> Attempt:
-        return Attempt(self.plan.run, self.step, self._number)
+        return Attempt(self.plan.run, self._turn, self._number)
 
     @property
     def lost(self) -> str:
@@ -413,6 +414,7 @@ class TrainingSteps:
         """Take note that owners have the weights of the next version."""
         self.versions = WeightVersions({self.plan.model: self._next_version})
         self._next_version += 1
+        self._turn += 1
 
     def _own(
         self, keys: Iterable[ExpertKey], sources: Mapping[ExpertKey, HostEntry] | None = None

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from datasets import Dataset
+from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
 import moesaic
 

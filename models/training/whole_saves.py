@@ -36,7 +36,8 @@ class WholeSaves:
             for name, one in trunk.named_modules()
             if isinstance(one, PreTrainedModel) and one is not trunk
         ]
-        trunk.save_pretrained = self._save_pretrained
+        untyped: Any = trunk
+        untyped.save_pretrained = self._save_pretrained
         for name, one in self._inner:
             one.save_pretrained = _refusing(name)
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .cluster.reports.scaling import ScalingReport
     from .cluster.reports.status import ClusterStatus
     from .cluster.reports.updates import WeightUpdateReport
+    from .kernels.training.update_rules import UpdateRule
+    from .models.training.groups import TrainedTensors
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.training.learning import Learning
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
-from moesaic.cluster.placement import PlacementId
+from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.orders import Answer, Order
 from moesaic.cluster.training.run_plan import PoolNow
@@ -63,23 +63,40 @@ class LocalPool:
 
     def _answer(self, host: str, order: Order) -> Answer | MoesaicError:
         self.orders.append((host, order))
-        if host not in self.alive or not self.gate(host, order):
+        if not self.gate(host, order) or host not in self.alive:
             return HostLost(f"{host} is gone")
         try:
             return self.alive[host].train(order)
         except MoesaicError as error:
             return error
 
-    def publish(self, version: int, timeout_s: float) -> None:
+    def lose(self, host: str) -> None:
+        """A host is gone for good; its replicas' tokens go to the others."""
+        self.gone.add(host)
         placement = self.hosts.placement
-        before = placement.versions
-        self.hosts.placement = replace(
-            placement,
-            id=PlacementId(placement.id.term, placement.id.epoch + 1),
-            versions=replace(before, models={**before.models, self.hosts.ref.name: version}),
+        layers = {}
+        for key, layer in placement.layers.items():
+            replicas = [tuple(r for r in row if r.host != host) for row in layer.replicas]
+            even = [tuple(Replica(r.host, 1 / len(row)) for r in row) for row in replicas]
+            layers[key] = LayerPlacement(tuple(even))
+        self._place(
+            replace(
+                placement,
+                hosts={name: one for name, one in placement.hosts.items() if name != host},
+                layers=layers,
+            )
         )
+
+    def _place(self, placement: Placement) -> None:
+        number = PlacementId(placement.id.term, placement.id.epoch + 1)
+        self.hosts.placement = replace(placement, id=number)
         for router in self.routers:
             router.place(self.hosts.placement)
+
+    def publish(self, version: int, timeout_s: float) -> None:
+        placement = self.hosts.placement
+        models = {**placement.versions.models, self.hosts.ref.name: version}
+        self._place(replace(placement, versions=replace(placement.versions, models=models)))
         for host in self.alive.values():
             old = [
                 ExpertVersion(layer.expert(expert), held)

@@ -22,9 +22,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.actors.host import expert_memory
 from moesaic.actors.host import host as host_file
 from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.host.memory import expert_memory
 from moesaic.actors.host.memory.kept_memory import KeptMemory
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from moesaic.actors.host import kept_memory as kept_memory_file
 from moesaic.actors.host.adoption import model_as_json, model_from_json
 from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.host.memory import kept_memory as kept_memory_file
 from moesaic.actors.host.memory.kept_memory import KeptMemory
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion

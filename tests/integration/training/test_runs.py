@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from moesaic.actors.training.opening import plan_run
 from moesaic.actors.training.optimizer import RunOptimizer
@@ -17,10 +18,12 @@ from moesaic.actors.training.run import LearningTrunk, PoolRun
 from moesaic.actors.transport.bulk.links import BulkLinks
 from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import ExpertKey
+from moesaic.cluster.training.orders import BulkKey, Commit, Order, Reduce
 from moesaic.kernels.training.update_rules import UpdateRule
 from moesaic.models.training.groups import TrainedTensors
 from moesaic.models.training.trainable_trunk import TrainableTrunk
 from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.proto.errors import CheckpointError, ClusterError, StepLost
 from tests.helpers.pool.runs import LocalPool, LocalTrunk, held, training_pool
 from tests.helpers.pool.training import IDS, assert_near, loss_of, plain_model, saved
 
@@ -64,7 +67,8 @@ def optimizing(
         links = BulkLinks("here")
         return PoolRun(pool, links, learning, plan, versions=versions, next_version=number)
 
-    optimizer = RunOptimizer(trunk.model, open_run, **(DECAY | options))
+    given: dict[str, Any] = DECAY | options
+    optimizer = RunOptimizer(trunk.model, open_run, **given)
     try:
         yield trunk.model, optimizer
     finally:
@@ -143,3 +147,181 @@ def test_a_step_of_other_architectures(tmp_path: Path, architecture: str) -> Non
     ):
         one_step(model, optimizer, 0)
         assert_same_model(pool, model, plain, tolerance)
+
+
+def states(optimizer: RunOptimizer, pool: LocalPool) -> dict[Any, dict[str, Tensor]]:
+    """What owners keep; those of one key must have the same bits."""
+    run: Any = optimizer.run
+    found: dict[Any, dict[str, Tensor]] = {}
+    for key, hosts in run._steps.owners.items():
+        for host in hosts:
+            wanted = BulkKey("state", key, run=run.run)
+            with pool.alive[host].training.reading(wanted) as state:
+                mine = {name: tensor.clone() for name, tensor in state.items()}
+            assert all(torch.equal(found.setdefault(key, mine)[n], t) for n, t in mine.items())
+    return found
+
+
+def test_a_run_goes_on_from_a_checkpoint_with_other_hosts_and_replicas(
+    folder: Path, tmp_path: Path
+) -> None:
+    plain, expected = plain_run(folder, 5)
+    with (
+        training_pool(folder, hosts=3, replicas=2) as pool,
+        optimizing(pool, folder, redundancy=1) as (model, optimizer),
+    ):
+        for step in range(2):
+            one_step(model, optimizer, step)
+        model.save_pretrained(tmp_path / "saved")
+        kept = optimizer.state_dict()
+        before = states(optimizer, pool)
+    for hosts in (1, 4):
+        with (
+            training_pool(folder, hosts=hosts) as pool,
+            optimizing(pool, folder, run=9) as (model, optimizer),
+        ):
+            one_step(model, optimizer, 7)  # it is forgotten
+            optimizer.load_state_dict(kept)
+            after = states(optimizer, pool)
+            assert before.keys() == after.keys()
+            for key, tensors in before.items():
+                assert all(torch.equal(after[key][name], one) for name, one in tensors.items())
+            found = [one_step(model, optimizer, step) for step in range(2, 5)]
+            assert torch.tensor(found).sub(torch.tensor(expected[2:])).abs().max() < 1e-12
+            assert_same_model(pool, model, plain, 1e-12)
+    # The folder is a whole model, too.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=F64, output_loading_info=True
+    )
+    again, info = loaded
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    reference, _ = plain_run(folder, 2)
+    for name, wanted in reference.named_parameters():
+        assert_near(again.get_parameter(name).detach(), wanted.detach(), 1e-12, name)
+
+
+def test_a_checkpoint_is_written_beside_the_next_step(folder: Path, tmp_path: Path) -> None:
+    with (
+        training_pool(folder) as pool,
+        optimizing(pool, folder) as (model, optimizer),
+    ):
+        one_step(model, optimizer, 0)
+        before = states(optimizer, pool)
+        run: Any = optimizer.run
+        saving = run.save(tmp_path / "saved", wait=False)
+        one_step(model, optimizer, 1)
+        assert saving.done() and saving.exception() is None, "a commit waits for what is read"
+        run.restore(tmp_path / "saved")
+        after = states(optimizer, pool)
+        for key, tensors in before.items():
+            assert all(torch.equal(after[key][name], one) for name, one in tensors.items())
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_refused_and_nothing_changes(
+    folder: Path, tmp_path: Path, damage: str
+) -> None:
+    with (
+        training_pool(folder) as pool,
+        optimizing(pool, folder) as (model, optimizer),
+    ):
+        one_step(model, optimizer, 0)
+        model.save_pretrained(tmp_path)
+        kept = optimizer.state_dict()
+        one_step(model, optimizer, 1)
+        before = states(optimizer, pool)
+        file = next((tmp_path / "state").glob("layer-*.safetensors"))
+        if damage == "flip":
+            content = bytearray(file.read_bytes())
+            content[-5] ^= 1
+            file.write_bytes(content)
+        elif damage == "remove":
+            file.unlink()
+        else:
+            (tmp_path / "manifest.json").write_text("{")
+        named = "manifest" if damage == "manifest" else r"expert 0 of layer \d"
+        with pytest.raises(CheckpointError, match=named):
+            optimizer.load_state_dict(kept)
+        after = states(optimizer, pool)
+        for key, tensors in before.items():
+            assert all(torch.equal(after[key][name], one) for name, one in tensors.items())
+
+
+@pytest.mark.parametrize("when", [Reduce, Commit])
+def test_a_host_that_is_lost_costs_the_step_alone_with_redundancy(
+    folder: Path, when: type[Order]
+) -> None:
+    plain, expected = plain_run(folder, 3)
+    with (
+        training_pool(folder, hosts=3, replicas=2) as pool,
+        optimizing(pool, folder, redundancy=1) as (model, optimizer),
+    ):
+        found = [one_step(model, optimizer, 0)]
+        victim = pool.hosts.hosts[2].name
+
+        def gate(host: str, order: Order) -> bool:
+            if isinstance(order, when) and host == victim:
+                pool.gone.add(victim)
+            return True
+
+        pool.gate = gate
+        try:
+            found.append(one_step(model, optimizer, 1))
+            assert when is Commit, "what was decided is done"
+        except StepLost as error:
+            assert when is Reduce
+            assert victim in str(error)
+            optimizer.zero_grad()
+            pool.lose(victim)
+            found.append(one_step(model, optimizer, 1))
+        pool.lose(victim)
+        optimizer.run._keep_once()  # pyright: ignore[reportAttributeAccessIssue]
+        found.append(one_step(model, optimizer, 2))
+        assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12
+        assert_same_model(pool, model, plain, 1e-12)
+        owners = optimizer.run._steps.owners  # pyright: ignore[reportAttributeAccessIssue]
+        assert {len(hosts) for hosts in owners.values()} == {2}
+
+
+def test_without_redundancy_a_lost_owner_ends_the_run(folder: Path) -> None:
+    with (
+        training_pool(folder, hosts=2, replicas=2) as pool,
+        optimizing(pool, folder) as (model, optimizer),
+    ):
+        one_step(model, optimizer, 0)
+        pool.lose(pool.hosts.hosts[1].name)
+        with pytest.raises(StepLost, match="host-1 is gone"):
+            one_step(model, optimizer, 1)
+        with pytest.raises(ClusterError, match=r"host-1.*go back to a checkpoint"):
+            optimizer.zero_grad()
+
+
+def test_owners_leave_a_host_that_is_drained(folder: Path) -> None:
+    plain, expected = plain_run(folder, 3)
+    with (
+        training_pool(folder, hosts=3) as pool,
+        optimizing(pool, folder) as (model, optimizer),
+    ):
+        found = [one_step(model, optimizer, 0)]
+        pool.leaving.add("host-1")
+        optimizer.run._keep_once()  # pyright: ignore[reportAttributeAccessIssue]
+        assert pool.alive["host-1"].report().owned == 0
+        found += [one_step(model, optimizer, step) for step in (1, 2)]
+        assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12
+        assert_same_model(pool, model, plain, 1e-12)
+
+
+def test_gradients_that_are_dropped_leave_no_trace(folder: Path) -> None:
+    plain, expected = plain_run(folder, 2)
+    with (
+        training_pool(folder, replicas=2) as pool,
+        optimizing(pool, folder) as (model, optimizer),
+    ):
+        loss_of(model).backward()
+        optimizer.zero_grad()
+        found = [one_step(model, optimizer, 0)]
+        loss_of(model).backward()
+        model.zero_grad()
+        found.append(one_step(model, optimizer, 1))
+        assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12
+        assert_same_model(pool, model, plain, 1e-12)

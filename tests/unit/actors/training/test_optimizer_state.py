@@ -37,13 +37,13 @@ def test_a_state_says_where_it_is(run: InProcessRun, tmp_path: Path) -> None:
 
 def test_going_back_to_a_checkpoint(start: Any, run: InProcessRun, tmp_path: Path) -> None:
     with training(run, **LR) as optimizer:
+        states = []
         for seed in (0, 1):
             learn(run, seed)
             optimizer.step()
             run.trunk.save_pretrained(tmp_path / str(seed))
-            if seed == 0:
-                saved = optimizer.state_dict()
-        second = optimizer.state_dict()
+            states.append(optimizer.state_dict())
+        saved, second = states
         learn(run, 5)
         optimizer.load_state_dict(saved)
         assert all(one.grad is None for one in run.trunk.parameters())

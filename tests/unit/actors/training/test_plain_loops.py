@@ -110,14 +110,14 @@ def scaling(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
     return norms
 
 
-def by_closure(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+def by_closure(model: Any, optimizer: Any) -> list[float]:
     def closure(number: int) -> Tensor:
         optimizer.zero_grad()
         loss = loss_of(model, number)
         loss.backward()
         return loss
 
-    return [optimizer.step(lambda n=n: closure(n)).item() for n in range(STEPS)]  # pyright: ignore[reportArgumentType]
+    return [optimizer.step(lambda n=n: closure(n)).item() for n in range(STEPS)]
 
 
 def by_hand(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
