@@ -8,7 +8,7 @@ QUICK := "not slow and not cuda and not vllm"
 # takes 10 s; none where ARGS name files. tests/conftest.py sees that none is missed.
 marked = $(if $(findstring tests/,$(ARGS)),,$(shell grep -rlE $(1) tests --include='test_*.py'))
 
-.PHONY: up test test-all test-numeric test-vllm test-lowest test-clients lint types bench proto spec reports docs clean
+.PHONY: up test test-all test-numeric test-vllm test-trl test-lowest test-clients lint types bench proto spec reports docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -39,6 +39,13 @@ test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
 	@.venv-vllm/bin/pip install -q --disable-pip-version-check -e . pytest pytest-asyncio \
 		pytest-timeout hypothesis
 	@.venv-vllm/bin/python -m pytest -m vllm -W default --disable-warnings tests/with_vllm $(ARGS)
+
+test-trl:  ## TRL's trainer over a pool, in an environment of its own
+	@test -d .venv-trl || $(PYTHON) -m venv .venv-trl
+	@.venv-trl/bin/pip install -q --disable-pip-version-check -c constraints.txt trl -e . \
+		pytest pytest-asyncio pytest-timeout hypothesis
+	@.venv-trl/bin/python -m pytest -W default --disable-warnings --confcutdir tests/with_trl \
+		tests/with_trl $(ARGS)
 
 test-lowest:  ## unit tests with the lowest versions allowed but for torch, in an environment of its own
 	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest

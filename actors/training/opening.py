@@ -10,6 +10,7 @@ import ray
 
 from ...cluster.expert_keys import ExpertKey, trunk_block
 from ...cluster.training.run_plan import RunPlan, Trained
+from ...cluster.training.steps import TrainingSteps
 from ...kernels.training.update_rules import UpdateRule
 from ...models.training.groups import TrainedTensors
 from ...models.training.trunk_blocks import trunk_blocks
@@ -47,6 +48,7 @@ def open_run(
     asked = controller_of(namespace).begin_training.remote(model, who)
     begun = ray_get(asked, _BEGIN_S, f"beginning to train {model}")
     pool = RayTrainingPool(namespace, begun.run, model, router)
+    links = BulkLinks(ray.get_runtime_context().get_node_id(), secret_of(namespace))
     try:
         plan = plan_run(
             begun.run,
@@ -58,14 +60,13 @@ def open_run(
             redundancy=begun.redundancy if redundancy is None else redundancy,
             exact=exact,
         )
-        node = ray.get_runtime_context().get_node_id()
-        links = BulkLinks(node, secret_of(namespace))
+        versions, number = begun.versions, begun.next_version
+        steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=number)
     except BaseException:
+        links.close()
         pool.end()
         raise
-    return PoolRun(
-        pool, links, trunk, plan, versions=begun.versions, next_version=begun.next_version
-    )
+    return PoolRun(pool, links, trunk, steps)
 
 
 def plan_run(

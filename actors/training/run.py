@@ -25,9 +25,8 @@ from transformers import PreTrainedModel
 from ...cluster.expert_keys import TRUNK, ExpertKey
 from ...cluster.spec.text import bytes_of
 from ...cluster.training.orders import BulkKey, GroupUpdate, Order
-from ...cluster.training.run_plan import PoolNow, RunPlan
+from ...cluster.training.run_plan import PoolNow
 from ...cluster.training.steps import Answers, Exchange, Squares, TrainingSteps
-from ...cluster.versions import WeightVersions
 from ...models.export.plan import plan_export
 from ...models.export.training_checkpoint import read_checkpoint
 from ...proto.errors import (
@@ -98,19 +97,17 @@ class PoolRun:
         pool: TrainingPool,
         links: BulkLinks,
         trunk: LearningTrunk,
-        plan: RunPlan,
-        *,
-        versions: WeightVersions,
-        next_version: int,
+        steps: TrainingSteps,
     ) -> None:
-        """Begin the run, with the served weights, which have ``versions``, and those of the trunk.
+        """Begin the run, with the weights that are served and those of the trunk.
 
         ``close`` ends it, and closes ``links``. Raises ClusterError.
         """
         self._pool = pool
         self._links = links
         self._trunk = trunk
-        self._plan = plan
+        self._steps = steps
+        self._plan = plan = steps.plan
         self._parameters = dict(trunk.model.named_parameters())
         self._blocks = {
             key: tuple(one.groups) for key, one in plan.tensors.items() if key.layer == TRUNK
@@ -125,8 +122,7 @@ class PoolRun:
         self._saving: Future[None] | None = None
         # Held during each exchange with hosts: the keeper of the lease has some of its own.
         self._lock = threading.Lock()
-        self._steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=next_version)
-        self._served = versions
+        self._served = steps.versions
         self._without: frozenset[int] | None = None  # layers; None: nothing is summed up yet
         self._squares: Squares = {}
         self._over: MoesaicError | None = None

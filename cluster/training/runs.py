@@ -173,7 +173,7 @@ class TrainingRuns:
             newer = f"run {self.last_run}" if self.alive is None else str(self.alive)
             raise Superseded(f"run {run} was followed by {newer}; begin to train anew")
         why = (run == self.last_run and self.ending) or "the controller does not know it"
-        raise ClusterError(f"run {run} does not live: {why}; begin to train anew")
+        raise Superseded(f"run {run} does not live: {why}; begin to train anew")
 
     def renew(self, run: RunId, now: float) -> LivingRun:
         """Renew a run's lease. Raises as `known`."""

@@ -70,13 +70,9 @@ def plain_texts(prompts: list[str], tokens: int) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize(
-    ("count", "tokens"),
-    [
-        pytest.param(2, 16, marks=pytest.mark.timeout(600)),
-        pytest.param(10, 100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("count", "tokens"), [(2, 16), (10, 100)])
 def test_the_same_tokens_alone_and_together(cluster: Cluster, count: int, tokens: int) -> None:
     expected = plain_texts(PROMPTS[:count], tokens)
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=300) as client:

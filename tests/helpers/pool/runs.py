@@ -12,16 +12,25 @@ import torch
 
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.training.learning import Learning
+from moesaic.actors.training.opening import plan_run
+from moesaic.actors.training.optimizer import RunOptimizer
+from moesaic.actors.training.run import LearningTrunk, PoolRun
+from moesaic.actors.transport.bulk.links import BulkLinks
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.orders import Answer, Order
 from moesaic.cluster.training.run_plan import PoolNow
+from moesaic.cluster.training.steps import TrainingSteps
+from moesaic.kernels.training.update_rules import UpdateRule
+from moesaic.models.training.groups import TrainedTensors
+from moesaic.models.training.trainable_trunk import TrainableTrunk
 from moesaic.models.trunk.routing_record import record_routing
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
 from moesaic.proto.errors import HostLost, MoesaicError
 from tests.helpers.pool.serving import PATIENT, Hosts, serving
 
+DECAY = {"lr": 1e-2, "weight_decay": 0.1}
 # (host, order) -> whether it gets there
 Gate = Callable[[str, Order], bool]
 
@@ -152,3 +161,44 @@ def held(pool: LocalPool, keys: Collection[ExpertKey]) -> dict[ExpertKey, dict[s
                 before = found.setdefault(key, {n: t.clone() for n, t in tensors.items()})
                 assert all(torch.equal(before[name], tensor) for name, tensor in tensors.items())
     return found
+
+
+@contextmanager
+def optimizing(
+    pool: LocalPool,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float64,
+    borrows: bool = False,
+    redundancy: int = 0,
+    run: int = 1,
+    **options: Any,
+) -> Iterator[tuple[Any, RunOptimizer]]:
+    """A trunk that is trained with AdamW, unless ``options`` say otherwise."""
+    trunk = LocalTrunk(pool, folder, dtype, borrows=borrows)
+    opened = TrainableTrunk(trunk.model, pool.hosts.layers, dtype)
+    learning = LearningTrunk(model=trunk.model, learning=trunk.learning, name="worker")
+
+    def open_run(trained: TrainedTensors, rule: UpdateRule) -> PoolRun:
+        plan = plan_run(
+            run,
+            pool.hosts.ref.name,
+            learning,
+            pool.hosts.layers,
+            trained,
+            rule,
+            redundancy=redundancy,
+            exact=False,
+        )
+        versions = pool.hosts.placement.versions
+        number = versions.of(ExpertKey("m", 0, 0)) + 1
+        steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=number)
+        return PoolRun(pool, BulkLinks("here"), learning, steps)
+
+    given: dict[str, Any] = DECAY | options
+    optimizer = RunOptimizer(trunk.model, open_run, **given)
+    try:
+        yield trunk.model, optimizer
+    finally:
+        optimizer.close()
+        opened.close()

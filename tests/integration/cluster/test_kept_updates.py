@@ -86,6 +86,7 @@ def kill_a_host_that_lends(cluster: Cluster, client: Client, wanted: str) -> psu
     return keeper
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # it starts two clusters
 def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     updates, changed = tmp_path / "updates", other_experts(folder)

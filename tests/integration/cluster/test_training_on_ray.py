@@ -109,7 +109,7 @@ def test_a_model_in_memory_learns(pool: Cluster) -> None:
     assert found[-1] < found[0]
 
 
-@pytest.mark.parametrize("script", ["loop", "trainer"])
+@pytest.mark.parametrize("script", ["loop", pytest.param("trainer", marks=pytest.mark.slow)])
 def test_an_example_trains(pool: Cluster, script: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "train" / f"{script}.py"), pool.name, "2"],

@@ -212,6 +212,7 @@ def test_status_counts_what_was_adopted_and_the_keeper_frees_what_leaves(
             host.close()
 
 
+@pytest.mark.slow
 def test_an_expert_on_a_device_whose_bytes_have_changed_is_dropped(
     folder: Path,
     address: str,
@@ -237,6 +238,7 @@ def test_an_expert_on_a_device_whose_bytes_have_changed_is_dropped(
             host.close()
 
 
+@pytest.mark.slow
 def test_memory_of_another_card_is_freed_and_loaded_again(
     folder: Path,
     address: str,
@@ -261,6 +263,7 @@ def test_memory_of_another_card_is_freed_and_loaded_again(
             host.close()
 
 
+@pytest.mark.slow
 def test_a_host_on_a_cpu_leaves_a_devices_memory_alone(
     folder: Path,
     address: str,

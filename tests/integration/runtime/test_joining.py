@@ -425,6 +425,7 @@ print("REPORT " + json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_a_real_ray_that_asks_for_no_token(tmp_path: Path) -> None:
     with head_node(tmp_path, RAY_AUTH_MODE="disabled") as (address, environment):
         shown = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}

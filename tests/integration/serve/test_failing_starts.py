@@ -104,6 +104,7 @@ def test_a_trunk(tmp_path: Path, capsys: Capture) -> None:
     assert f"moesaic: trunk m of {NAME}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_ingress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tokenizer(_: Path) -> Callable[[], Any]:
         def load() -> Any:

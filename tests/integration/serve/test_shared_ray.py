@@ -60,6 +60,7 @@ def works(cluster: Cluster, model: str) -> bool:
         return bool(text_of(client, model, 3)) and [one.id for one in client.models()] == [model]
 
 
+@pytest.mark.slow
 def test_a_second_cluster_is_beside_the_first_or_refused_at_once(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,7 +82,8 @@ actors/simulator                    proto kernels models/trunk cluster cluster/l
                                     cluster/routing cluster/planner cluster/control
                                     cluster/scaling actors/transport actors/router
                                     actors/host/memory actors/host
-actors/trunk                        proto models/folder models/trunk cluster cluster/reports
+actors/trunk                        proto models/folder models/trunk models/training cluster
+                                    cluster/reports
                                     actors/runtime actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router
                                     actors/engine/vllm_backend actors/host actors/training

@@ -141,6 +141,7 @@ NOT_RUN = {
     "moesaic up": "as above",
     "moesaic up MODEL": "as above; its spec: tests/unit/face/test_about.py",
     "moesaic up allenai/OLMoE-1B-7B-0924-Instruct": "as above, and needs a hub",
+    "moesaic up deploy/training.yaml": "as above; trained: test_training_on_ray.py",
     "moesaic down": "tests/e2e/test_up_and_down.py",
     "moesaic chat": "a conversation: tests/unit/face/test_command_line.py",
     "moesaic bench": "its defaults take minutes: test_a_short_load",

@@ -78,6 +78,7 @@ def test_demo_is_built_once_and_recovers(small_demo: Path, monkeypatch: pytest.M
     assert {path.name for path in small_demo.iterdir()} == {first.name, f"{first.name}.lock"}
 
 
+@pytest.mark.slow
 def test_the_process_that_serves_the_demo_keeps_none_of_its_building(small_demo: Path) -> None:
     """Not even torch is there."""
     code = (
@@ -111,6 +112,7 @@ def test_a_build_that_is_interrupted_ends_and_leaves_nothing(small_demo: Path, h
     assert [path.suffix for path in small_demo.iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_is_told_in_its_own_words(
     small_demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,68 +10,21 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moesaic.actors.training.opening import plan_run
 from moesaic.actors.training.optimizer import RunOptimizer
-from moesaic.actors.training.run import LearningTrunk, PoolRun
-from moesaic.actors.transport.bulk.links import BulkLinks
 from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.training.orders import BulkKey, Commit, Order, Reduce
-from moesaic.kernels.training.update_rules import UpdateRule
-from moesaic.models.training.groups import TrainedTensors
-from moesaic.models.training.trainable_trunk import TrainableTrunk
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.proto.errors import CheckpointError, ClusterError, StepLost
-from tests.helpers.pool.runs import LocalPool, LocalTrunk, held, training_pool
+from tests.helpers.pool.runs import LocalPool, held, optimizing, training_pool
 from tests.helpers.pool.training import IDS, assert_near, loss_of, plain_model, saved
 
 F64 = torch.float64
-DECAY = {"lr": 1e-2, "weight_decay": 0.1}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("mixtral"), "mixtral")
-
-
-@contextmanager
-def optimizing(
-    pool: LocalPool,
-    folder: Path,
-    *,
-    dtype: torch.dtype = F64,
-    borrows: bool = False,
-    redundancy: int = 0,
-    run: int = 1,
-    **options: Any,
-) -> Iterator[tuple[Any, RunOptimizer]]:
-    trunk = LocalTrunk(pool, folder, dtype, borrows=borrows)
-    opened = TrainableTrunk(trunk.model, pool.hosts.layers, dtype)
-    learning = LearningTrunk(model=trunk.model, learning=trunk.learning, name="worker")
-
-    def open_run(trained: TrainedTensors, rule: UpdateRule) -> PoolRun:
-        plan = plan_run(
-            run,
-            pool.hosts.ref.name,
-            learning,
-            pool.hosts.layers,
-            trained,
-            rule,
-            redundancy=redundancy,
-            exact=False,
-        )
-        versions = pool.hosts.placement.versions
-        number = versions.of(ExpertKey("m", 0, 0)) + 1
-        links = BulkLinks("here")
-        return PoolRun(pool, links, learning, plan, versions=versions, next_version=number)
-
-    given: dict[str, Any] = DECAY | options
-    optimizer = RunOptimizer(trunk.model, open_run, **given)
-    try:
-        yield trunk.model, optimizer
-    finally:
-        optimizer.close()
-        opened.close()
 
 
 def microbatches(step: int) -> list[Tensor]:
