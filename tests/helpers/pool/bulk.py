@@ -130,11 +130,12 @@ def connected(address: str) -> BulkSocket:
 
 @contextlib.contextmanager
 def raw_client(entry: HostEntry) -> Iterator[BulkSocket]:
-    """A connection that has said Hello."""
+    """A connection that has said Hello, if the host has not refused it before."""
     sock = connected(entry.bulk_address)
     proof = SECRET.proof("bulk", entry.target)
-    sock.send(Bulk(hello=Bulk.Hello(wire_version=WIRE_VERSION, proof=proof)))
     try:
+        with contextlib.suppress(HostLost):
+            sock.send(Bulk(hello=Bulk.Hello(wire_version=WIRE_VERSION, proof=proof)))
         yield sock
     finally:
         sock.close()
