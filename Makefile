@@ -8,14 +8,18 @@ QUICK := "not slow and not cuda and not vllm"
 # takes 10 s; none where ARGS name files. tests/conftest.py sees that none is missed.
 marked = $(if $(findstring tests/,$(ARGS)),,$(shell grep -rlE $(1) tests --include='test_*.py'))
 
-.PHONY: up test test-all test-numeric test-vllm test-trl test-lowest test-clients lint types bench proto spec reports docs clean
+.PHONY: up test test-together test-alone test-all test-numeric test-vllm test-trl test-lowest test-clients lint types bench proto spec reports docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
 
-# Tests that share no process and no port run side by side; pytest ends with 5 where ARGS leave none.
-test: $(READY)  ## all tests that take less than minutes
+test: test-together test-alone  ## all tests that take less than minutes
+
+# They share no process and no port. pytest ends with 5 where ARGS leave none.
+test-together: $(READY)  ## those that run side by side
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m $(QUICK)" and not alone" $(ARGS) || test $$? = 5
+
+test-alone: $(READY)  ## those that start Ray, or freeze processes
 	@$(BIN)/python -m pytest -m $(QUICK)" and alone" \
 		$(call marked,'ON_RAY|mark\.alone') $(ARGS) || test $$? = 5
 

@@ -23,7 +23,7 @@ from moesaic.router_keys import VARIABLE
 from tests.e2e.owner_of_secrets import NAME, ROUTER_KEY, SECRET
 from tests.integration.conftest import save_model
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(300)]
 START_S = 200.0
 
 

@@ -176,6 +176,7 @@ def is_ruled_after(pool: Cluster, term: int) -> bool:
     return status.controller.term > term and status.placement is not None
 
 
+@pytest.mark.slow
 def test_a_killed_host_and_a_killed_controller_keep_the_new_weights(
     pool: Cluster, folder: Path
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_killed_host_and_a_killed_controller_keep_the_new_weights(
         assert text_of(client, "m", 40) == old
 
 
+@pytest.mark.slow
 def test_what_all_hosts_have_lost_can_be_put_again(pool: Cluster, folder: Path) -> None:
     assert pool.url is not None
     namespace, changed = namespace_of(pool.name), changed_experts(folder)

@@ -140,6 +140,7 @@ def test_a_host_that_ends_in_order_leaves_no_process_and_no_memory(
         assert settles(lambda: not keepers(node.pid))
 
 
+@pytest.mark.slow
 def test_memory_that_nobody_asks_for_is_freed_in_time(
     folder: Path, address: str, node: subprocess.Popen[bytes]
 ) -> None:
@@ -151,6 +152,7 @@ def test_memory_that_nobody_asks_for_is_freed_in_time(
         assert adopted == 0
 
 
+@pytest.mark.slow
 def test_a_keeper_ends_with_its_node(
     folder: Path, address: str, node: subprocess.Popen[bytes]
 ) -> None:

@@ -139,6 +139,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
+@pytest.mark.slow
 def test_a_raylet_that_hangs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own processes, but for a raylet that never writes a log."""
     pid_file = tmp_path / "raylet.pid"

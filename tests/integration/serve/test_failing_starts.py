@@ -93,6 +93,7 @@ def test_the_experts_of_a_model(tmp_path: Path) -> None:
     assert "finite" in said
 
 
+@pytest.mark.slow
 def test_a_trunk(tmp_path: Path, capsys: Capture) -> None:
     said = start(_model(tmp_path, lambda name: ".self_attn.q_proj." in name))
     assert said.startswith(

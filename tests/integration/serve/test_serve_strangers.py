@@ -230,6 +230,7 @@ def test_a_client_cannot_have_ray_ignore_that_it_left(http: httpx.Client) -> Non
         assert time.monotonic() < until
 
 
+@pytest.mark.slow
 def test_monitoring_comes_back_with_its_ingress(http: httpx.Client) -> None:
     answered(http)
     first = listener(MONITORING)

@@ -76,6 +76,7 @@ def test_the_command_line_scales(pool: Cluster) -> None:
     pool.scale(2, timeout_s=60)
 
 
+@pytest.mark.slow
 def test_a_new_controller_knows_the_hosts_and_who_was_leaving(
     pool: Cluster, client: Client
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_new_controller_knows_the_hosts_and_who_was_leaving(
     assert text_of(client, MODEL, TOKENS) == wanted
 
 
+@pytest.mark.slow
 def test_a_host_that_dies_while_it_leaves_holds_nothing_up(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, TOKENS)
     pool.scale(3, timeout_s=60)

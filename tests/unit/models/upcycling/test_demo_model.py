@@ -91,6 +91,7 @@ def test_the_process_that_serves_the_demo_keeps_none_of_its_building(small_demo:
     assert kept == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_build_that_is_interrupted_ends_and_leaves_nothing(small_demo: Path, hangs: bool) -> None:
     before, seen = processes(), 0
