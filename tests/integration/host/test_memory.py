@@ -81,6 +81,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return made
 
 
+@pytest.mark.slow
 def test_the_trunk_does_not_grow_with_the_number_of_experts(folders: dict[int, Path]) -> None:
     four, trunk_bytes = measure(TRUNK, folders[4])
     eight, _ = measure(TRUNK, folders[8])

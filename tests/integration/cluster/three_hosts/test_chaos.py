@@ -118,6 +118,7 @@ def test_a_resumable_stream_goes_on_behind_a_killed_trunk(pool: Cluster, client:
         assert result() == expected
 
 
+@pytest.mark.slow
 def test_a_killed_trunk_ends_its_streams_with_an_error_that_says_try_again(
     pool: Cluster, client: Client
 ) -> None:

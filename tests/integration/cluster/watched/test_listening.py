@@ -6,13 +6,14 @@ import contextlib
 import socket
 
 import psutil
+import pytest
 
 from moesaic import Client
 from moesaic.handle import Cluster
 from tests.helpers.processes.listening import documented, listening
 from tests.helpers.processes.live import ON_RAY, text_of, wait_until
 
-pytestmark = ON_RAY
+pytestmark = [*ON_RAY, pytest.mark.slow]
 
 # Where they export metrics; they listen nowhere if another process does.
 FIXED_PORTS = {"monitor": 44217, "dashboard": 44227}

@@ -25,7 +25,7 @@ from tests.helpers.processes.logged import Line, assert_followed, of, steps_of
 PROMPT = "zebra xylophone quartz"
 TOKENS = 4
 
-pytestmark = ON_RAY
+pytestmark = [*ON_RAY, pytest.mark.slow]
 
 
 def lines_of(pool: Cluster) -> list[Line]:

@@ -25,7 +25,7 @@ from tests.helpers.processes.live import ON_RAY, TEXT, processes_of, text_of, wa
 
 MODEL = "m"
 
-pytestmark = ON_RAY
+pytestmark = [*ON_RAY, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ import os
 import signal
 import time
 
+import pytest
+
 from moesaic.actors.runtime.log_lines import is_log_line
 from moesaic.handle import Cluster
 from tests.helpers.processes.live import ON_RAY, wait_replaced
 
-pytestmark = ON_RAY
+pytestmark = [*ON_RAY, pytest.mark.slow]
 
 
 def test_what_happens_to_the_pool_is_told(pool: Cluster) -> None:
