@@ -85,7 +85,7 @@ class RunTensors:
         groups: Mapping[str, int],
         version: int,
     ) -> None:
-        """Become the owner of the tensors in ``groups``, of ``weights`` that nobody else uses.
+        """Become the owner of the tensors that ``groups`` names; the caller gives ``weights`` up.
 
         Raises BadInput for those that cannot be trained, or are not the model's.
         """
@@ -105,7 +105,7 @@ class RunTensors:
         groups: Mapping[str, int],
         version: int,
     ) -> None:
-        """Become the owner of the tensors in ``groups`` from a state that nobody else uses.
+        """Become the owner of the tensors that ``groups`` names; the caller gives ``state`` up.
 
         A state does not say which type the model has. An expert's is known; a block of the trunk
         is answered in the wide type, and rounded where it is copied. Raises BadInput.
@@ -200,7 +200,7 @@ class RunTensors:
         self.check_attempt(attempt)
         with self._holding():
             if not self.owned.missing(attempt):
-                # All owners are prepared, so nobody needs these; they are freed one by one.
+                # Every owner has its sums by now, so these are freed, one by one.
                 self._forget_gradients()
             self.owned.commit(attempt, groups)
             self._last = _LastCommit(attempt, version, self._versions)

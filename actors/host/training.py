@@ -249,7 +249,7 @@ class HostTraining:
         masters = run.owned.masters(key)
         for source in sources:
             if source not in order.peers:
-                # Nobody changes it before the commit, so a single one need not be copied.
+                # It stays unchanged until the commit, so a single source needs no copy.
                 kept = run.kept_gradient(key, source)
                 _add(sums, key, masters, kept, copy=len(sources) > 1)
                 continue

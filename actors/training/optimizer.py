@@ -252,8 +252,8 @@ class RunOptimizer(torch.optim.Optimizer):
                 continue
             if name not in self.trained.trunk:
                 raise BadInput(
-                    f"{name} did not require gradients when the PoolOptimizer was made, so nobody "
-                    "keeps its state; make a new optimizer after changing what is trained"
+                    f"{name} did not require gradients when the PoolOptimizer was made, so it has "
+                    "no owner; make a new optimizer after changing what is trained"
                 )
             if grad.layout is not torch.strided:
                 raise BadInput(

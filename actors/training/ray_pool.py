@@ -12,7 +12,13 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ...cluster.expert_keys import ExpertKey
 from ...cluster.training.orders import Answer, Order
 from ...cluster.training.run_plan import PoolNow
-from ...proto.errors import HostLost, MoesaicError, NoAnswer
+from ...proto.errors import (
+    HostLost,
+    InternalError,
+    MoesaicError,
+    NoAnswer,
+    describe_error,
+)
 from ..router.router import Router
 from ..runtime.ray_border import controller_of, last_line, ray_get
 
@@ -81,7 +87,9 @@ class RayTrainingPool:
             return NoAnswer(f"{host} has not answered in time")
         except RayTaskError as error:
             cause = error.cause
-            return cause if isinstance(cause, MoesaicError) else HostLost(f"{host}: {cause!r}")
+            if isinstance(cause, MoesaicError):
+                return cause
+            return InternalError(f"{host}: {describe_error(cause)}")
         except RayError as error:
             return HostLost(f"{host}: {last_line(error)}")
 

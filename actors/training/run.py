@@ -148,6 +148,11 @@ class PoolRun:
         return self._plan.run
 
     @property
+    def is_over(self) -> bool:
+        """Whether the run was closed, or a newer one has taken its place."""
+        return self._over is not None
+
+    @property
     def step(self) -> int:
         """The number of steps that were committed."""
         return self._steps.step

@@ -99,7 +99,7 @@ def without_hosts(owners: Owners, gone: Collection[str]) -> dict[ExpertKey, tupl
 
 
 def ownerless(owners: Owners) -> list[ExpertKey]:
-    """Return the keys that nobody owns any more."""
+    """Return the keys that have lost all their owners."""
     return [key for key, hosts in owners.items() if not hosts]
 
 

@@ -218,7 +218,7 @@ class TrainingSteps:
         assert self._reduction is not None, "nothing is summed up"
         missing = self.plan.tensors.keys() - self._reduction.keys
         assert not missing, f"{min(missing)} is not summed up"
-        # If the exchange is left before its end, nobody knows who has applied it.
+        # If the exchange is abandoned, it is unknown which owners have applied it.
         self.broken = (
             f"the commit of {self.attempt} was interrupted, and some owners may have applied it; "
             "go back to a checkpoint"
@@ -399,7 +399,7 @@ class TrainingSteps:
                 if isinstance(answer, MoesaicError):
                     failed[host] = answer
                     if isinstance(order, Begin):
-                        # It may have begun, and add up what nobody will ask it for.
+                        # It may have begun, and would add up gradients that the run never gathers.
                         self._lost = self._lost or f"{host}: {answer}"
         self._members |= {h: e.incarnation for h, e in entries.items() if h not in failed}
         return failed

@@ -53,7 +53,6 @@ def main(name: str = "local", steps: str = "20", folder: str = "tuned") -> None:
         )
         trainer.train()
         trainer.save_model()
-    print(f"the tuned model is in {folder}; `moesaic up` serves it")
 
 
 if __name__ == "__main__":

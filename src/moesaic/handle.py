@@ -384,7 +384,7 @@ class Cluster:
             redundancy=redundancy,
             exact=exact,
         )
-        self._runs.append(run)
+        self._runs = [*(one for one in self._runs if not one.is_over), run]
         return run
 
     @property

@@ -83,7 +83,7 @@ class BulkSocket:
                 raise
 
     def has_ended(self) -> bool:
-        """Return whether the connection has ended, or has a message that nobody has asked for."""
+        """Return whether the connection has ended, or an unrequested message has arrived."""
         return bool(self._poll.poll(0))
 
     def end(self) -> None:

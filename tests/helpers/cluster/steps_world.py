@@ -35,6 +35,7 @@ from moesaic.proto.errors import (
     NoAnswer,
     StepLost,
 )
+from tests.helpers.cluster.steps_invariants import check_broken, check_owners, check_settled
 from tests.helpers.cluster.training_host import Owned, first_weights
 from tests.helpers.cluster.training_hosts import (
     Faults,
@@ -291,7 +292,7 @@ class TrainingWorld:
             except ClusterError:
                 if not self.steps.broken:
                     raise
-                self._check_broken()
+                check_broken(self)
                 raise
             if self.steps.step == step:
                 self.hosts.wait()
@@ -307,7 +308,7 @@ class TrainingWorld:
             except Interrupted:
                 continue
             except ClusterError:
-                self._check_broken()
+                check_broken(self)
                 raise
 
     def attempt(self) -> None:
@@ -390,7 +391,7 @@ class TrainingWorld:
         except Interrupted:
             pass
         except ClusterError:
-            self._check_broken()
+            check_broken(self)
             raise
         finally:
             self._following = False
@@ -434,41 +435,7 @@ class TrainingWorld:
         self.reference[self.steps.step + 1 :] = [after]
 
     def check(self) -> None:
-        """Raise Violation unless the run's hosts are what they have to be after a step."""
-        steps = self.steps
-        masters = self.reference[steps.step]
-        for key, owners in steps.owners.items():
-            if not owners:
-                raise Violation("keys have owners", f"{key} has none")
-            if len(set(owners)) < len(owners):
-                raise Violation("owners are on different hosts", f"{key}: {owners}")
-            for entry in steps.owning(key):
-                place = self.places.get(entry.host)
-                if place is None or place.host.entry != entry:
-                    continue  # the run will hear of it
-                if place.host.owned.get(key) != masters[key]:
-                    raise Violation(
-                        "owners are equal", f"{key} at {entry.host} after step {steps.step}"
-                    )
-        for name, place in self.places.items():
-            for (key, version), given in place.host.weights.items():
-                made = version - FIRST_VERSION
-                if made < len(self.reference) and given != self.reference[made][key].master:
-                    raise Violation("versions are whole", f"{key} version {version} at {name}")
-
-    def _check_broken(self) -> None:
-        """Raise Violation unless a broken run says why, and is right."""
-        why, faults = self.steps.broken, self.faults
-        assert why, "another error"
-        if "checkpoint" not in why:
-            raise Violation("an error says what to do", why)
-        if "was interrupted" in why:
-            return
-        if faults is not None and (faults.one_at_a_time or faults.idle_only):
-            raise Violation("one loss breaks nothing", why)
-        named = {host for host in self.hosts.names if f"{host}:" in why}
-        if not named & self.excused:
-            raise Violation("only a loss breaks a run", why)
+        check_owners(self)
 
     def calm_down(self) -> None:
         """End the faults; the run gets its owners back, and goes on. Checks all of it."""
@@ -482,23 +449,4 @@ class TrainingWorld:
         if self.steps.step != target:
             raise Violation("a run goes on when faults end", self.steps.lost)
         self.follow()
-        self._check_settled()
-
-    def _check_settled(self) -> None:
-        owners, staying = self.steps.owners, self.places.keys() - self.leaving
-        copies = min(1 + self.steps.plan.redundancy, max(len(staying), 1))
-        domains = {self.places[name].domain for name in staying}
-        for key, hosts in owners.items():
-            if len(hosts) != copies:
-                raise Violation("keys have all their owners", f"{key}: {hosts}, not {copies}")
-            if staying and not staying.issuperset(hosts):
-                raise Violation("hosts that are drained own nothing", f"{key}: {hosts}")
-            if len({self.places[h].domain for h in hosts}) < min(len(domains), copies):
-                raise Violation("owners are in different domains", f"{key}: {hosts}")
-        for name, place in self.places.items():
-            mine = {key for key, hosts in owners.items() if name in hosts}
-            if place.host.owned.keys() != mine:
-                raise Violation("hosts own what they should", f"{name}: {place.host.owned.keys()}")
-        self.exchange(self.steps.close())
-        if owning := [name for name, place in self.places.items() if place.host.owned]:
-            raise Violation("hosts own what they should", f"{owning} after the run")
+        check_settled(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from moesaic.cluster.training.orders import (
 from moesaic.cluster.versions import WeightVersions
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.proto.errors import HostLost
-from tests.helpers.pool.training import Trunk, loss_of
+from tests.helpers.pool.training import Trunk, loss_of, training
 
 RUN, WORKER = 1, "worker"
 DEADLINE_S = 30.0
@@ -321,3 +322,16 @@ def experts_in(model: Any) -> dict[ExpertKey, dict[str, Tensor]]:
 def versions(number: int, model: str = "m") -> WeightVersions:
     """All of a model's weights have this version."""
     return WeightVersions({model: number})
+
+
+@contextmanager
+def running(folder: Path, **options: Any) -> Iterator[Steps]:
+    """A run with owners, whose first attempt has begun."""
+    redundancy, times = options.pop("redundancy", 0), options.pop("times", 1)
+    options = {"dtype": torch.float32, "hosts": 2} | options
+    with training(folder, opened=False, **options) as trunk:
+        steps = Steps(trunk, redundancy=redundancy, times=times)
+        steps.open()
+        steps.own()
+        steps.begin()
+        yield steps
