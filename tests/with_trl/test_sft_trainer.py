@@ -83,7 +83,7 @@ def test_it_is_unchanged(tmp_path: Path) -> None:
     )
     assert losses.shape == (2, STEPS)
     assert (losses[0] - losses[1]).abs().max() < 1e-5
-    assert (norms[0] / norms[1] - 1).abs().max() < 1e-4
+    assert (norms[0] / norms[1] - 1).abs().max() < 1e-6
     saved: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "pool", dtype=torch.float32)
     for name, wanted in plain.named_parameters():
-        assert_near(saved.get_parameter(name).detach(), wanted.detach(), 1e-2, name)
+        assert_near(saved.get_parameter(name).detach(), wanted.detach(), 1e-5, name)

@@ -172,10 +172,11 @@ def optimizing(
     borrows: bool = False,
     redundancy: int = 0,
     run: int = 1,
+    policy: RouterPolicy = PATIENT,
     **options: Any,
 ) -> Iterator[tuple[Any, RunOptimizer]]:
     """A trunk that is trained with AdamW, unless ``options`` say otherwise."""
-    trunk = LocalTrunk(pool, folder, dtype, borrows=borrows)
+    trunk = LocalTrunk(pool, folder, dtype, borrows=borrows, policy=policy)
     opened = TrainableTrunk(trunk.model, pool.hosts.layers, dtype)
     learning = LearningTrunk(model=trunk.model, learning=trunk.learning, name="worker")
 

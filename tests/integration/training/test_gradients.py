@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import random
-import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from moesaic.actors.host.gradients import HostGradients
-from moesaic.actors.transport.shm import ShmSession
-from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.contributions import Contributions
 from moesaic.cluster.training.orders import Begin
 from moesaic.models.trunk.in_pool import experts_forward
 from moesaic.models.trunk.routing_record import RoutingRecord
 from moesaic.proto.errors import StepLost, Superseded, UnsupportedModel
-from moesaic.proto.expert_pb2 import Frame
 from tests.helpers.models.architectures import tiny_model
+from tests.helpers.pool.disturbed import HASTY, Disturbed
 from tests.helpers.pool.training import (
     FIRST,
     IDS,
@@ -218,28 +212,6 @@ def test_a_host_that_is_gone_ends_the_attempt(folder: Path) -> None:
             other.backward()
 
 
-class Disturbed:
-    """Answers to backward calls that are lost, damaged or late, at random."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self.counts: Counter[str] = Counter()
-        self._send = ShmSession.send_reply
-
-    def send_reply(self, session: ShmSession, frame: Frame, buffer: Tensor) -> None:
-        (kind,) = self._random.choices(["lost", "damaged", "late", "sent"], [20, 5, 5, 70])
-        self.counts[kind] += 1
-        if kind == "late":
-            time.sleep(1.5 * HASTY.attempt_s)
-        if kind == "damaged":
-            buffer[0] ^= 1
-        if kind != "lost":
-            self._send(session, frame, buffer)
-
-
-HASTY = RouterPolicy(deadline_s=20.0, attempt_s=0.1, probe_s=0.05, retry_burst=100)
-
-
 @pytest.mark.parametrize("doubled", [False, True])
 def test_answers_that_are_lost_damaged_or_late_change_no_gradient(
     folder: Path, monkeypatch: pytest.MonkeyPatch, doubled: bool
@@ -254,12 +226,7 @@ def test_answers_that_are_lost_damaged_or_late_change_no_gradient(
         for ids in microbatches:
             loss_of(plain, ids).backward()
             loss = loss_of(trunk.model, ids)
-            with monkeypatch.context() as patch:
-                patch.setattr(
-                    ShmSession,
-                    "send_reply",
-                    lambda session, frame, buffer: disturbed.send_reply(session, frame, buffer),
-                )
+            with disturbed.backward(monkeypatch) as patch:
                 if doubled:
                     patch.setattr(Contributions, "admit", lambda *_: True)
                 loss.backward()
