@@ -19,14 +19,16 @@ def save_random_model(
     top_k: int,
     hidden: int = HIDDEN,
     intermediate: int = INTERMEDIATE,
+    vocabulary: int = 16,
+    heads: int = 2,
 ) -> None:
     config = MixtralConfig(
-        vocab_size=16,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         num_local_experts=experts,
         num_experts_per_tok=top_k,
     )

@@ -22,11 +22,12 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import moesaic
 from benchmarks.measure import Comparison, report
+from benchmarks.random_model import save_random_model
 
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS, TOP_K = 512, 1024, 3, 8, 2
 VOCABULARY = 2048
@@ -40,17 +41,16 @@ Step = Callable[[], float]  # it returns the seconds of its backward pass's end 
 
 def save_model(folder: Path) -> None:
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
+    save_random_model(
+        folder,
+        layers=LAYERS,
+        experts=EXPERTS,
+        top_k=TOP_K,
+        hidden=HIDDEN,
+        intermediate=INTERMEDIATE,
+        vocabulary=VOCABULARY,
+        heads=8,
     )
-    MixtralForCausalLM(config).save_pretrained(folder)
 
 
 def step_of(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> Step:
