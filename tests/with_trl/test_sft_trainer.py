@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from moesaic.actors.training.optimizer import RunOptimizer
 from tests.helpers.models.tiny import tiny_tokenizer
-from tests.helpers.pool.runs import optimizing, training_pool
-from tests.helpers.pool.training import assert_near
+from tests.helpers.training.runs import optimizing, training_pool
+from tests.helpers.training.trunks import assert_near
 from tests.integration.conftest import save_model
 
 trl: Any = pytest.importorskip("trl")

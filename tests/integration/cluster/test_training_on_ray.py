@@ -21,7 +21,6 @@ from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError, StepLost
 from tests.helpers.models.architectures import tiny_model
 from tests.helpers.paths import ROOT
-from tests.helpers.pool.training import assert_near
 from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
@@ -30,6 +29,7 @@ from tests.helpers.processes.live import (
     wait_replaced,
     wait_until,
 )
+from tests.helpers.training.trunks import assert_near
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.models.trunk.routing_record import RoutingRecord
-from tests.helpers.pool.training import (
+from tests.helpers.training.trunks import (
     FIRST,
     IDS,
     Gradients,

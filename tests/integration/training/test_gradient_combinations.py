@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.helpers.covering import Case, covering_cases, pairs_of, possible_pairs
 from tests.helpers.models.architectures import ADAPTED, ARCHITECTURES, OWN
-from tests.helpers.pool.training import (
+from tests.helpers.training.trunks import (
     NO_FLOAT64,
     assert_equal,
     enable_checkpointing,

@@ -16,8 +16,8 @@ from moesaic.models.trunk.in_pool import experts_forward
 from moesaic.models.trunk.routing_record import RoutingRecord
 from moesaic.proto.errors import StepLost, Superseded, UnsupportedModel
 from tests.helpers.models.architectures import tiny_model
-from tests.helpers.pool.disturbed import HASTY, Disturbed
-from tests.helpers.pool.training import (
+from tests.helpers.training.disturbed import HASTY, Disturbed
+from tests.helpers.training.trunks import (
     FIRST,
     IDS,
     assert_equal,

@@ -40,8 +40,8 @@ from moesaic.proto.errors import (
     Superseded,
     UnsupportedModel,
 )
-from tests.helpers.pool.steps import RUN, running, same, versions
-from tests.helpers.pool.training import IDS, loss_of, saved
+from tests.helpers.training.steps import RUN, running, same, versions
+from tests.helpers.training.trunks import IDS, loss_of, saved
 
 UPDATE: dict[int, GroupUpdate] = {0: GroupUpdate(1.0, {"lr": 0.01})}
 NEXT: dict[int, GroupUpdate] = {0: GroupUpdate(0.5, {"lr": 0.02})}

@@ -12,8 +12,8 @@ from torch import Tensor
 from moesaic.cluster.expert_keys import TRUNK, ExpertKey
 from moesaic.cluster.training.orders import BulkKey, Disown, GroupUpdate, NewlyOwned, Own
 from moesaic.proto.errors import HostLost
-from tests.helpers.pool.steps import Steps, experts_in, same, versions
-from tests.helpers.pool.training import IDS, assert_near, loss_of, plain_model, saved, training
+from tests.helpers.training.steps import Steps, experts_in, same, versions
+from tests.helpers.training.trunks import IDS, assert_near, loss_of, plain_model, saved, training
 
 MICROBATCHES = (IDS, IDS[:1, 2:], IDS[1:, 3:])
 UPDATE: dict[int, GroupUpdate] = {0: GroupUpdate(1.0, {"lr": 0.01})}

@@ -34,8 +34,8 @@ from moesaic.proto.errors import (
     NotHere,
     UnsupportedModel,
 )
-from tests.helpers.pool.steps import RUN, WORKER, Steps, running, same, versions
-from tests.helpers.pool.training import IDS, saved, training
+from tests.helpers.training.steps import RUN, WORKER, Steps, running, same, versions
+from tests.helpers.training.trunks import IDS, saved, training
 
 UPDATE: dict[int, GroupUpdate] = {0: GroupUpdate(1.0, {"lr": 0.01})}
 NEXT: dict[int, GroupUpdate] = {0: GroupUpdate(0.5, {"lr": 0.02})}

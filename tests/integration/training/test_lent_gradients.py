@@ -26,7 +26,7 @@ from moesaic.kernels.backward.kept import KeptCall
 from moesaic.proto.errors import StepLost
 from tests.helpers.pool.lending import SPLITS, computed, half_lent
 from tests.helpers.pool.serving import EXPERTS, KEY, PATIENT
-from tests.helpers.pool.training import (
+from tests.helpers.training.trunks import (
     FIRST,
     IDS,
     Trunk,

@@ -16,9 +16,9 @@ from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.training.orders import BulkKey, Commit, Order, Reduce
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.proto.errors import CheckpointError, ClusterError, StepLost
-from tests.helpers.pool.disturbed import HASTY, Disturbed
-from tests.helpers.pool.runs import LocalPool, held, optimizing, training_pool
-from tests.helpers.pool.training import IDS, assert_near, loss_of, plain_model, saved
+from tests.helpers.training.disturbed import HASTY, Disturbed
+from tests.helpers.training.runs import LocalPool, held, optimizing, training_pool
+from tests.helpers.training.trunks import IDS, assert_near, loss_of, plain_model, saved
 
 F64 = torch.float64
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from tests.helpers.pool.runs import optimizing, training_pool
-from tests.helpers.pool.training import assert_near, plain_model, saved
+from tests.helpers.training.runs import optimizing, training_pool
+from tests.helpers.training.trunks import assert_near, plain_model, saved
 
 STEPS = 20
 

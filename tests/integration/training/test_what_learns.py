@@ -29,7 +29,7 @@ from moesaic.models.trunk.experts_layers import is_experts_module
 from moesaic.models.trunk.trainable import check_trainable
 from moesaic.proto.errors import UnsupportedModel
 from tests.helpers.models.architectures import tiny_model
-from tests.helpers.pool.training import (
+from tests.helpers.training.trunks import (
     FIRST,
     IDS,
     assert_equal,

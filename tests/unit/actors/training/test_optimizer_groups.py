@@ -16,7 +16,7 @@ from moesaic.actors.training.optimizer import RunOptimizer
 from moesaic.models.training.pool_gradient import PoolGradient
 from moesaic.proto.errors import BadInput, InternalError
 from tests.helpers.training.in_process import InProcessRun, differences, open_run, training
-from tests.helpers.training.steps import DOWN, LR, UP, learn, loss_of
+from tests.helpers.training.small_models import DOWN, LR, UP, learn, loss_of
 
 
 def frozen(model: Any) -> None:

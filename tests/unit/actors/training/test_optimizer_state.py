@@ -10,7 +10,7 @@ import torch
 
 from moesaic.proto.errors import BadInput
 from tests.helpers.training.in_process import InProcessRun, differences, open_run, training
-from tests.helpers.training.steps import LR, learn, loss_of, plain_steps
+from tests.helpers.training.small_models import LR, learn, loss_of, plain_steps
 
 
 def test_a_state_says_where_it_is(run: InProcessRun, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from moesaic.models.training.trainable_trunk import trainable_trunk_of
 from moesaic.proto.errors import BadExpert, BadInput, StepLost
 from tests.helpers.training.in_process import InProcessRun, differences, open_run, training
-from tests.helpers.training.steps import DOWN, LR, UP, learn, loss_of, plain_steps, unchanged
+from tests.helpers.training.small_models import DOWN, LR, UP, learn, loss_of, plain_steps, unchanged
 
 
 def test_experts_whose_gradients_are_not_finite_are_named_and_nothing_changes(
