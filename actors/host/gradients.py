@@ -27,7 +27,8 @@ from .compute import PendingCall, ReplyTensors, layer_of
 from .memory.activations import KeptActivations
 from .weight_store import ExpertStore
 
-# Activations may take one part in so many of the memory that is free when an attempt begins.
+# Activations may take one part in so many of the memory that is free when a run's first attempt
+# begins.
 _PARTS_OF_FREE_MEMORY = 8
 
 
@@ -42,6 +43,7 @@ class HostGradients:
         self._forms: dict[LayerKey, BackwardForm] = {}
         # Of the call that was answered last: its layer, and what is to be added up.
         self._pending: tuple[LayerKey, PendingGradients] | None = None
+        self._limit_bytes: int | None = None  # of activations in a run; None: none has begun
 
     def begin(self, attempt: Attempt, *, exact: bool = False) -> None:
         """Begin an attempt at a step, unless it is under way. Raises Superseded for an older one.
@@ -52,7 +54,9 @@ class HostGradients:
             self._sums = GradientAccumulators(exact=exact)
             self._pending = None  # if an error came between an answer and what it adds up
             self._forms.clear()  # another model may have come under the name of one
-            self.activations.begin(machine_memory()[1] // _PARTS_OF_FREE_MEMORY)
+            if self._limit_bytes is None:
+                self._limit_bytes = machine_memory()[1] // _PARTS_OF_FREE_MEMORY
+            self.activations.begin(self._limit_bytes)
 
     def check(self, backward: Backward) -> None:
         """Raise NotHere unless a call is of the attempt under way."""
@@ -135,6 +139,7 @@ class HostGradients:
         self.activations.end()
         self._sums = GradientAccumulators()
         self._pending = None
+        self._limit_bytes = None
 
     def _form(self, key: LayerKey, layer: CpuLayer) -> BackwardForm:
         if key not in self._forms:
