@@ -32,7 +32,7 @@ class _Computation(NamedTuple):
     version: int
     other_versions: tuple[tuple[int, int], ...]
     dtype: torch.dtype
-    shape: tuple[int, int, int]  # (T, H, K)
+    shape: tuple[int, ...]  # (T, H, K)
     digest: bytes
 
     @classmethod
@@ -54,8 +54,8 @@ class _Computation(NamedTuple):
 class KeptActivations:
     """The activations of one attempt's forward calls, as many as a limit allows.
 
-    They are taken once. What is over the limit goes, the oldest first: trunks come back to their
-    last layer first. Who finds nothing computes it again.
+    They are taken once. What is over the limit goes, the oldest first, because a trunk comes back
+    to its last layer first. Who finds nothing computes it again.
     """
 
     def __init__(self) -> None:
