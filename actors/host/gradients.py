@@ -1,4 +1,7 @@
-"""A host's part in training: backward calls, and the gradients of its experts that they add up.
+"""A host's part in training: calls that are learned from, and the gradients that they add up.
+
+A forward call keeps activations for its backward half, and a backward call that finds none computes
+them again from its rows: gradients have the same bits both ways.
 
 The loop's thread alone uses it. A trunk waits for the answer to a call, so the host sends that
 first, and adds the gradients of the experts up afterwards.
@@ -15,23 +18,32 @@ from ...cluster.expert_keys import LayerKey
 from ...cluster.training.contributions import Attempt, Contributions, Part
 from ...kernels.backward.accumulators import GradientAccumulators
 from ...kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm, PendingGradients
+from ...kernels.backward.kept import keeping_forward, kept_backward
 from ...kernels.slabs.layer_arithmetic import CpuLayer
 from ...proto.errors import CallError, describe_error
 from ...proto.expert_pb2 import Backward
+from ..runtime.devices import machine_memory
 from .compute import PendingCall, ReplyTensors, layer_of
+from .memory.activations import KeptActivations
 from .weight_store import ExpertStore
+
+# Activations may take one part in so many of the memory that is free when a run's first attempt
+# begins.
+_PARTS_OF_FREE_MEMORY = 8
 
 
 class HostGradients:
     """The gradients of one host's experts in the attempt under way."""
 
     def __init__(self, store: ExpertStore) -> None:
+        self.activations = KeptActivations()
         self._store = store
         self._contributions = Contributions()
         self._sums = GradientAccumulators()
         self._forms: dict[LayerKey, BackwardForm] = {}
         # Of the call that was answered last: its layer, and what is to be added up.
         self._pending: tuple[LayerKey, PendingGradients] | None = None
+        self._limit_bytes: int | None = None  # of activations in a run; None: none has begun
 
     def begin(self, attempt: Attempt, *, exact: bool = False) -> None:
         """Begin an attempt at a step, unless it is under way. Raises Superseded for an older one.
@@ -42,10 +54,30 @@ class HostGradients:
             self._sums = GradientAccumulators(exact=exact)
             self._pending = None  # if an error came between an answer and what it adds up
             self._forms.clear()  # another model may have come under the name of one
+            if self._limit_bytes is None:
+                self._limit_bytes = machine_memory()[1] // _PARTS_OF_FREE_MEMORY
+            self.activations.begin(self._limit_bytes)
 
     def check(self, backward: Backward) -> None:
         """Raise NotHere unless a call is of the attempt under way."""
         self._contributions.check(_attempt(backward))
+
+    def keeping(self, pending: PendingCall) -> ReplyTensors | None:
+        """Compute a forward call and keep its activations; None: of this call nothing is kept."""
+        call, layout = pending.frame.call, pending.layout
+        key = LayerKey(call.model, call.layer)
+        layer = layer_of(self._store, key, [pending])
+        # With `exact` each half computes its rows in another way.
+        if call.exact or not self.activations.limit_bytes or not isinstance(layer, CpuLayer):
+            return None
+        if any(expert.is_packed for expert in layer.experts.values()):
+            return None
+        x_TH, ids_TK, weights_TK = layout.call_tensors(pending.payload)
+        buffer = pending.session.reply_buffer(pending.frame, layout)
+        y_TH = layout.reply_tensor(buffer)
+        kept = keeping_forward(layer.form, layer.experts, x_TH, ids_TK, weights_TK, y_TH)
+        self.activations.keep(call, x_TH, ids_TK, kept)
+        return ReplyTensors(buffer, layer.bad_experts(x_TH, ids_TK, y_TH))
 
     def answer(self, pending: PendingCall, *, exact: bool) -> ReplyTensors:
         """Compute the gradients of a call's rows and weights; `add_up` does the rest.
@@ -65,18 +97,14 @@ class HostGradients:
         buffer = pending.session.reply_buffer(pending.frame, layout)
         grad_x = layout.reply_tensor(buffer)
         grad_weights_TK = layout.grad_weights_tensor(buffer)
-        kernel = BACKWARD_KERNELS["loop"]
+        half = weights_TK, grad_y_TH, grad_x, grad_weights_TK
+        form, experts = self._form(key, layer), layer.experts
+        kept = self.activations.take(backward.call, x_TH, ids_TK)
         try:
-            found = kernel(
-                self._form(key, layer),
-                layer.experts,
-                x_TH,
-                ids_TK,
-                weights_TK,
-                grad_y_TH,
-                grad_x,
-                grad_weights_TK,
-            )
+            if kept is None:
+                found = BACKWARD_KERNELS["loop"](form, experts, x_TH, ids_TK, *half)
+            else:
+                found = kept_backward(form, experts, kept, x_TH, *half)
         except ValueError as error:
             raise CallError(f"backward: {key.model!r} is not open for training: {error}") from error
         part = Part(key, backward.worker, backward.microbatch, backward.part)
@@ -102,13 +130,16 @@ class HostGradients:
         no token has used are missing. Raises NotHere, and InternalError as `Contributions.close`.
         """
         self._contributions.close(attempt)
+        self.activations.end()
         return self._sums
 
     def forget(self) -> None:
         """Drop what was added up, and close the attempt under way: its run is over."""
         self._contributions.forget()
+        self.activations.end()
         self._sums = GradientAccumulators()
         self._pending = None
+        self._limit_bytes = None
 
     def _form(self, key: LayerKey, layer: CpuLayer) -> BackwardForm:
         if key not in self._forms:

@@ -6,6 +6,8 @@ columns of one send.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,12 +30,15 @@ class BackwardHalf:
         weights: int,
         *,
         first_part: int,
+        forward: Sequence[Send] = (),
     ) -> None:
         """Take what the call's parts are named by, and the gradient of its result.
 
         ``weights`` is the number of its assignments. Parts are numbered from ``first_part``, and no
-        other call of the layer and the worker's microbatch has these numbers.
+        other call of the layer and the worker's microbatch has these numbers. ``forward`` has the
+        parts of the forward call whose hosts may have kept activations.
         """
+        self.forward = forward
         self._attempt = attempt
         self._worker = worker
         self._microbatch = microbatch

@@ -43,15 +43,19 @@ class LayerTensors:
         without: Iterable[int] = (),
         step: int = 0,
         half: BackwardHalf | None = None,
+        keep: bool = False,
     ) -> None:
         """Take the call's tensors; nothing is computed for the rows in ``without``.
 
-        With ``half`` the call is a backward one.
+        With ``half`` the call is a backward one; with ``keep`` one follows, so hosts keep
+        activations for it.
         """
         self.half = half
         self.key = key
         self.step = step  # the router's forward pass that this call belongs to
         self.exact = placement is not None and key.model in placement.exact
+        self.keep = keep and not self.exact  # with `exact` each half has products of its own
+        self.kept: list[Send] = []  # parts whose hosts may have kept activations
         self.dtype = x_TH.dtype
         self.x_TH = x_TH.detach().contiguous()
         self.tokens, self.hidden = x_TH.shape
@@ -88,9 +92,11 @@ class LayerTensors:
     def rows_per_call(self, slot_bytes: int, most: int | None) -> int:
         """Return how many rows fit in one call to any host, even if all assignments go to it.
 
-        ``most`` is what hosts accept. Raises CallError if not even one fits in ``slot_bytes``.
+        ``most`` is what hosts accept. Raises CallError if not even one fits in ``slot_bytes``. A
+        call that is kept has the parts of its backward half, which is larger.
         """
-        one = self.layout(1, self.top_k).slot_bytes
+        sizes = 1, self.hidden, self.top_k, self.dtype, self.exact
+        one = CallLayout.of(*sizes, backward=self.keep or self.half is not None).slot_bytes
         fit = slot_bytes // one
         if fit < 1:
             raise CallError(
@@ -119,6 +125,7 @@ class LayerTensors:
         call.payload_bytes = layout.call_bytes
         call.attempt = send.attempt
         call.step = self.step
+        call.keep = self.keep
         call.version = send.version
         for expert, version in send.other_versions:
             call.other_versions.add(expert=expert, version=version)
@@ -168,6 +175,8 @@ class LayerTensors:
         layout = self.layout(rows, top_k)
         y_tH = layout.reply_tensor(payload)
         self._sums.take(send, y_tH)
+        if self.keep:
+            self.kept.append(send)
         if self.half is not None:
             self.half.accept(send, layout, payload)
         if reply.bad_experts:
