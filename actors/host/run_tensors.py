@@ -112,8 +112,9 @@ class RunTensors:
         """
         self.check_key(key)
         kept = {entry: t for entry, t in state.items() if entry.rpartition(".")[0] in groups}
-        # What an optimizer keeps beside its tensor follows it.
-        masters = {n: kept[e].to(self._store.device) for n in groups if (e := f"{n}.master") in kept}
+        masters = {name: kept[e] for name in groups if (e := f"{name}.master") in kept}
+        # What an optimizer keeps beside a tensor follows it.
+        masters = {name: master.to(self._store.device) for name, master in masters.items()}
         kept |= {f"{name}.master": master for name, master in masters.items()}
         if key.layer == TRUNK:
             dtypes = dict.fromkeys(groups, torch.float32)

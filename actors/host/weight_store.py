@@ -306,9 +306,7 @@ class ExpertStore:
         """
         return self._models[key.model].memory.layer(key.layer, version, others)
 
-    def in_models_layout(
-        self, key: LayerKey, tensors: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def in_models_layout(self, key: LayerKey, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of tensors that lie as those of a layer's experts in slots of a device.
 
         Raises NotHere.
@@ -325,8 +323,8 @@ class ExpertStore:
             return
         if torch_dtype(found.ref.dtype) == torch.float64:
             raise CallError(
-                f"dtype of {model!r}: hosts on GPUs train no float64 experts; use float32, or hosts "
-                "with device: cpu"
+                f"dtype of {model!r}: hosts on GPUs train no float64 experts; use float32, or "
+                "hosts with device: cpu"
             )
 
     def is_gated(self, key: LayerKey) -> bool:

@@ -38,7 +38,7 @@ def plan_of(spec: Spec, models: Mapping[str, ModelDescription]) -> CardPlan:
             continue
         batch_rows = group.limits.policy(gpu=True).max_batch_rows
         host = CardProcess(
-            share=group.card_share(f"hosts.{number}"),
+            share=group.card_share(f"hosts.{number}", trains=spec.trains),
             device=_number(group.device),
             holds_experts=True,
             most_expert_bytes=most,
@@ -60,7 +60,9 @@ def plan_of(spec: Spec, models: Mapping[str, ModelDescription]) -> CardPlan:
         expert_bytes=sum(sizes.values()),
         cpu_hosts=cpu_hosts,
         second_bytes=sum(
-            sizes.get(model.name, 0) for model in spec.models if model.updates is not None
+            sizes.get(model.name, 0)
+            for model in spec.models
+            if model.train or model.updates is not None
         ),
     )
 

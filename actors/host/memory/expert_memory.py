@@ -317,8 +317,8 @@ class SlotMemory:
                 # The controller's load and a trunk's put may bring the same expert at the same
                 # time, and the first of them may be served by now.
                 there = self._slab.read(key.layer, key.expert, version)
-                given_tensors = weights.tensors()
-                if all(torch.equal(t, given_tensors[name].to(t.device)) for name, t in there.items()):
+                given_tensors = {n: t.to(self._device) for n, t in weights.tensors().items()}
+                if all(torch.equal(t, given_tensors[name]) for name, t in there.items()):
                     return
                 # What an interrupted load left here was never served.
                 self._slab.free(key.layer, key.expert, version)

@@ -112,8 +112,8 @@ class Hosts:
         names = {one: other, other: one}
         placement, layers = self.placement, {}
         for key, layer in placement.layers.items():
-            replicas = (tuple(r._replace(host=names[r.host]) for r in own) for own in layer.replicas)
-            layers[key] = replace(layer, replicas=tuple(replicas))
+            swapped = [[r._replace(host=names[r.host]) for r in own] for own in layer.replicas]
+            layers[key] = replace(layer, replicas=tuple(map(tuple, swapped)))
         number = PlacementId(placement.id.term, placement.id.epoch + 1)
         self.placement = replace(placement, id=number, layers=layers)
 

@@ -73,9 +73,7 @@ def assert_on_a_device(trunk: Trunk) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_of_every_form_of_experts(
-    architecture: str, tmp_path: Path, device: str
-) -> None:
+def test_gradients_of_every_form_of_experts(architecture: str, tmp_path: Path, device: str) -> None:
     folder = saved(tmp_path, architecture)
     plain = plain_model(folder, F32)
     loss_of(plain).backward()
