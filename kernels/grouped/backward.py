@@ -133,9 +133,10 @@ class PendingSlotGradients:
     def accumulate(self, into: SlotGradients, places_E: Tensor | None = None) -> Tensor | None:
         """Add the gradients of each used expert's tensors, and let their memory go.
 
-        ``places_E`` (int32) has the place of each expert's sums; None: that of its slot. Every used
-        expert needs one. Returns how many rows each expert has had, (E,), or None if the call has
-        no tokens. Raises RuntimeError the second time: what is added twice is trained twice.
+        ``places_E`` (int32) has the place of each expert's sums; None: that of its slot. Nothing is
+        added for an expert whose place is -1. Returns how many rows each expert has had, (E,), or
+        None if the call has no tokens. Raises RuntimeError the second time: what is added twice is
+        trained twice.
         """
         if self._products is None:
             raise RuntimeError("the gradients of this call have been added already")

@@ -328,10 +328,10 @@ def weight_gradients(
     blocks = tl.cdiv(rows_out, BLOCK_M) * blocks_n
     expert = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    rows = tl.load(spans_ptr + expert * 3 + 2)
-    if rows == 0:
-        return
     place = tl.load(spans_ptr + expert * 3).to(tl.int64)
+    rows = tl.load(spans_ptr + expert * 3 + 2)
+    if (rows == 0) | (place < 0):
+        return
     first = tl.load(spans_ptr + expert * 3 + 1)
     row_M = block // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     column_N = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -20,7 +20,7 @@ from moesaic.cluster.training.orders import OpenRun
 from moesaic.kernels.slabs.layer_arithmetic import DeviceLayer
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.proto.errors import BadExpert, CallError
-from tests.helpers.pool.serving import KEY
+from tests.helpers.pool.serving import KEY, serving
 from tests.helpers.training.disturbed import HASTY, Disturbed
 from tests.helpers.training.runs import held, optimizing, training_pool
 from tests.helpers.training.steps import experts_in
@@ -116,6 +116,20 @@ def test_trunks_with_lent_device_memory_send_their_backward_calls(
         trunk.begin()
         loss_of(trunk.model).backward()
         assert trunk.learning.router.stats().lent > 0
+        assert_equal(trunk, trunk.gradients(here=False), plain, folder, 1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_trunk_on_a_card_learns_over_hosts_on_the_cpu(folder: Path, exact: bool) -> None:
+    plain = plain_model(folder, F32)
+    loss_of(plain).backward()
+    with serving(folder, dtype=F32, learns=True, exact=exact) as pool:
+        pool.device = "cuda"  # that of what uses it
+        trunk = Trunk(pool, folder, F32, borrows=False)
+        trunk.open()
+        trunk.begin(exact=exact)
+        loss_of(trunk.model).backward()
         assert_equal(trunk, trunk.gradients(here=False), plain, folder, 1e-5)
 
 
