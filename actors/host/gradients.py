@@ -27,7 +27,7 @@ from .compute import PendingCall, ReplyTensors, layer_of
 from .weight_store import ExpertStore
 
 if TYPE_CHECKING:
-    from .learning.device_gradients import DeviceBackward
+    from .device_gradients import DeviceBackward
 
 
 class ExpertSums(Protocol):
@@ -114,7 +114,7 @@ class HostGradients:
     ) -> tuple[Callable[[], None], bool]:
         """Return what adds up the rest, and whether all that was written is finite."""
         # Triton comes with CUDA builds of PyTorch, and CPUs do without it.
-        from .learning.device_gradients import DeviceBackward, DeviceSums
+        from .device_gradients import DeviceBackward, DeviceSums
 
         if self._device is None:
             self._device = DeviceBackward(layer.ids_device)

@@ -155,10 +155,7 @@ class Resources(Part):
             )
 
     def card_share(self, key: str, *, trains: bool = False) -> CardShare:
-        """Return what each process may take of its GPU; ``key`` is this section's in the spec.
-
-        ``trains``: the process may own what is trained.
-        """
+        """Return what each process may take of its GPU; ``key`` is this section's in the spec."""
         limit = bytes_of(self.gpu_memory) if isinstance(self.gpu_memory, str) else self.gpu_memory
         return CardShare(key=key, gpu_memory=limit, num_gpus=self.num_gpus, trains=trains)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.host.compute import PendingCall
-from moesaic.actors.host.learning.device_gradients import DeviceBackward, DeviceSums
+from moesaic.actors.host.device_gradients import DeviceBackward, DeviceSums
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.kernels.grouped.activation import Activation
 from moesaic.kernels.grouped.slots import from_slot

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ....cluster.expert_keys import ExpertKey, LayerKey
-from ....kernels.grouped.backward import PendingSlotGradients, SlotGradients
-from ....kernels.grouped.slots import LayerSlots
-from ....kernels.slabs.layer_arithmetic import DeviceLayer
-from ..compute import PendingCall
-from ..device_compute import PinnedMemory, on_device, wait_for
-from ..weight_store import ExpertStore
+from ...cluster.expert_keys import ExpertKey, LayerKey
+from ...kernels.grouped.backward import PendingSlotGradients, SlotGradients
+from ...kernels.grouped.slots import LayerSlots
+from ...kernels.slabs.layer_arithmetic import DeviceLayer
+from .compute import PendingCall
+from .device_compute import PinnedMemory, on_device, wait_for
+from .weight_store import ExpertStore
 
 
 class DeviceBackward:
