@@ -182,15 +182,24 @@ class Slab(SlabReader):
             for t in self.layout.layers[layer].tensors
         )
 
-    def free(self, layer: int, expert: int, copy: int = 0) -> None:
-        """Empty a slot and return its memory to the system; views of it read zeros from now on."""
+    def free(self, layer: int, expert: int, copy: int = 0, *, keep_memory: bool = False) -> None:
+        """Empty a slot and return its memory to the system; views of it read zeros from now on.
+
+        With ``keep_memory`` it waits for the next expert, and `release` returns it.
+        """
         slot = self.layout.slot(layer, expert, copy)
         if self.entries.version(slot) is None:
             return
         self.entries.begin(slot)
-        self._punch(layer, expert, copy)
+        if not keep_memory:
+            self._punch(layer, expert, copy)
         self.entries.empty(slot)
         self.nbytes -= self.layout.layers[layer].expert_bytes
+
+    def release(self, layer: int, expert: int, copy: int = 0) -> None:
+        """Return the memory of an empty slot to the system."""
+        if self.entries.version(self.layout.slot(layer, expert, copy)) is None:
+            self._punch(layer, expert, copy)
 
     def lend(self) -> int:
         """Return a new descriptor of the slab, to map it for reading; the caller closes it."""
