@@ -72,13 +72,15 @@ class Host:
         self, layer: DeviceLayer, given: Call, *, adds: bool = True
     ) -> tuple[Tensor, Tensor, bool]:
         """Return the gradients of x and of the weights, and whether they are finite."""
-        layout = CallLayout.of(*given[0].shape, TOP_K, torch.float32, False, backward=True)
+        rows, hidden = given[0].shape
+        layout = CallLayout.of(rows, hidden, TOP_K, torch.float32, False, backward=True)
         payload = torch.zeros(layout.call_bytes, dtype=torch.uint8, device=self.where)
         tensors = *layout.call_tensors(payload), layout.grad_tensor(payload)
         for there, tensor in zip(tensors, given, strict=True):
             there.copy_(tensor)
         buffer = torch.full((layout.reply_bytes,), 0xFF, dtype=torch.uint8, device=self.where)
-        pending: Any = PendingCall(Any, Frame(), layout, payload, 0.0)  # pyright: ignore[reportArgumentType]
+        session: Any = None
+        pending = PendingCall(session, Frame(), layout, payload, 0.0)
         with torch.inference_mode():
             found, finite = self.computes.answer(layer, pending, buffer)
             payload.fill_(0xFF)  # the sender writes the next call there
