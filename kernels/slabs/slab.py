@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from .. import onednn
 from ..ffn import ExpertWeights
 from ..fused import LayerBank
 from . import memfd
-from .checksum import checksum
+from .checksum import checksum, copy_and_digest, octets
 from .layout import COPIES, LayerLayout, Packing, SlabLayout, SlotTensor
 from .slot_entries import SlotEntries
 
@@ -157,18 +158,25 @@ class Slab(SlabReader):
                 f"layer {layer}: its experts consist of {wanted}, but {', '.join(given)} were given"
             )
         self.entries.begin(slot)
+        digest = xxhash.xxh3_64()
         try:
             for tensor in shape.tensors:
-                memory = self._bytes(layer, tensor, expert, copy)
+                memory, weight = self._bytes(layer, tensor, expert, copy), given[tensor.name]
                 if tensor.packed is not None:
-                    onednn.copy_into(memory, given[tensor.name])
+                    onednn.copy_into(memory, weight)
+                    digest.update(memory.numpy().data)
+                elif weight.dtype == tensor.dtype and weight.shape == tensor.shape:
+                    copy_and_digest(octets(weight), memory.numpy(), digest)
                 else:
-                    memory.view(tensor.dtype).view(tensor.shape).copy_(given[tensor.name])
+                    raise ValueError(
+                        f"{tensor.name} of layer {layer} is {tensor.dtype} {tuple(tensor.shape)}, "
+                        f"but {weight.dtype} {tuple(weight.shape)} was given"
+                    )
         except BaseException:
             self._punch(layer, expert, copy)
             self.entries.empty(slot)
             raise
-        self.entries.fill(slot, version, checksum=self._checksum(layer, expert, copy))
+        self.entries.fill(slot, version, checksum=digest.intdigest())
         self.nbytes += shape.expert_bytes
         return self.view(layer, expert, copy)
 
