@@ -33,6 +33,7 @@ from tests.helpers.training.trunks import (
     Trunk,
     assert_equal,
     assert_near,
+    enable_checkpointing,
     loss_of,
     plain_model,
     saved,
@@ -117,6 +118,22 @@ def test_trunks_with_lent_device_memory_send_their_backward_calls(
         trunk.begin()
         loss_of(trunk.model).backward()
         assert trunk.learning.router.stats().lent > 0
+        assert_equal(trunk, trunk.gradients(here=False), plain, folder, 1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_of_a_trunk_on_a_card_that_run_again_ask_the_pool_once(
+    folder: Path, reentrant: bool
+) -> None:
+    """PyTorch runs the backward pass of a card's tensors in a thread of its own."""
+    plain = plain_model(folder, F32)
+    loss_of(plain).backward()
+    with training(folder, **on("cuda")) as trunk:
+        enable_checkpointing(trunk.model, reentrant=reentrant)
+        trunk.begin()
+        loss_of(trunk.model).backward()
+        assert trunk.learning.router.stats().calls == len(trunk.pool.layers)
         assert_equal(trunk, trunk.gradients(here=False), plain, folder, 1e-5)
 
 
