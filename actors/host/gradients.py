@@ -11,25 +11,45 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
 import torch
 from torch import Tensor
 
-from ...cluster.expert_keys import LayerKey
+from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.training.contributions import Attempt, Contributions, Part
 from ...kernels.backward.accumulators import GradientAccumulators
-from ...kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm, PendingGradients
+from ...kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm
 from ...kernels.backward.kept import keeping_forward, kept_backward
-from ...kernels.slabs.layer_arithmetic import CpuLayer
+from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer
 from ...proto.errors import CallError, describe_error
 from ...proto.expert_pb2 import Backward
+from ...proto.wire import CallLayout
 from ..runtime.devices import machine_memory
 from .compute import PendingCall, ReplyTensors, layer_of
 from .memory.activations import KeptActivations
 from .weight_store import ExpertStore
 
+if TYPE_CHECKING:
+    from .device_gradients import DeviceBackward
+
 # Activations may take one part in so many of the memory that is free when a run's first attempt
 # begins.
 _PARTS_OF_FREE_MEMORY = 8
+
+
+class ExpertSums(Protocol):
+    """What a host has added up, by expert."""
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Yield the keys of the experts that have gradients."""
+        ...
+
+    def take(self, key: ExpertKey, /) -> dict[str, Tensor]:
+        """Return an expert's gradients by name, in the wide type, and forget them."""
+        ...
 
 
 class HostGradients:
@@ -39,10 +59,12 @@ class HostGradients:
         self.activations = KeptActivations()
         self._store = store
         self._contributions = Contributions()
-        self._sums = GradientAccumulators()
+        self._exact = False
+        self._sums: ExpertSums = GradientAccumulators()
         self._forms: dict[LayerKey, BackwardForm] = {}
-        # Of the call that was answered last: its layer, and what is to be added up.
-        self._pending: tuple[LayerKey, PendingGradients] | None = None
+        self._device: DeviceBackward | None = None  # made for the first call, if experts are on one
+        # Of the call that was answered last: its layer, and what adds up the rest.
+        self._pending: tuple[LayerKey, Callable[[], None]] | None = None
         self._limit_bytes: int | None = None  # of activations in a run; None: none has begun
 
     def begin(self, attempt: Attempt, *, exact: bool = False) -> None:
@@ -51,6 +73,7 @@ class HostGradients:
         With ``exact`` the order in which parts arrive does not show in float32 sums.
         """
         if self._contributions.begin(attempt):
+            self._exact = exact
             self._sums = GradientAccumulators(exact=exact)
             self._pending = None  # if an error came between an answer and what it adds up
             self._forms.clear()  # another model may have come under the name of one
@@ -87,43 +110,68 @@ class HostGradients:
         backward, layout = pending.frame.backward, pending.layout
         key = LayerKey(backward.call.model, backward.call.layer)
         layer = layer_of(self._store, key, [pending])
-        if not isinstance(layer, CpuLayer):
-            raise CallError(
-                f"backward: this host computes on {self._store.device}; experts are trained on "
-                "hosts with device: cpu"
-            )
-        x_TH, ids_TK, weights_TK = layout.call_tensors(pending.payload)
-        grad_y_TH = layout.grad_tensor(pending.payload)
         buffer = pending.session.reply_buffer(pending.frame, layout)
-        grad_x = layout.reply_tensor(buffer)
-        grad_weights_TK = layout.grad_weights_tensor(buffer)
-        half = weights_TK, grad_y_TH, grad_x, grad_weights_TK
-        form, experts = self._form(key, layer), layer.experts
-        kept = self.activations.take(backward.call, x_TH, ids_TK)
         try:
-            if kept is None:
-                found = BACKWARD_KERNELS["loop"](form, experts, x_TH, ids_TK, *half)
+            if isinstance(layer, DeviceLayer):
+                add, finite = self._on_device(key, layer, pending, buffer)
             else:
-                found = kept_backward(form, experts, kept, x_TH, *half)
+                assert isinstance(layer, CpuLayer)
+                add, finite = self._on_cpu(key, layer, pending, buffer), False
         except ValueError as error:
             raise CallError(f"backward: {key.model!r} is not open for training: {error}") from error
         part = Part(key, backward.worker, backward.microbatch, backward.part)
         if self._contributions.admit(_attempt(backward), part):
-            self._pending = key, found
-        return ReplyTensors(buffer, _bad_experts(ids_TK, grad_x, grad_weights_TK))
+            self._pending = key, add
+        bad = [] if finite else _bad_experts(layout, pending.payload, buffer)
+        return ReplyTensors(buffer, bad)
+
+    def _on_cpu(
+        self, key: LayerKey, layer: CpuLayer, pending: PendingCall, buffer: Tensor
+    ) -> Callable[[], None]:
+        layout, payload = pending.layout, pending.payload
+        x_TH, ids_TK, weights_TK = layout.call_tensors(payload)
+        half = (
+            weights_TK,
+            layout.grad_tensor(payload),
+            layout.reply_tensor(buffer),
+            layout.grad_weights_tensor(buffer),
+        )
+        form, experts = self._form(key, layer), layer.experts
+        kept = self.activations.take(pending.frame.backward.call, x_TH, ids_TK)
+        if kept is None:
+            found = BACKWARD_KERNELS["loop"](form, experts, x_TH, ids_TK, *half)
+        else:
+            found = kept_backward(form, experts, kept, x_TH, *half)
+        sums = self._sums
+        assert isinstance(sums, GradientAccumulators)
+        return partial(found.accumulate, sums, key.expert)
+
+    def _on_device(
+        self, key: LayerKey, layer: DeviceLayer, pending: PendingCall, buffer: Tensor
+    ) -> tuple[Callable[[], None], bool]:
+        """Return what adds up the rest, and whether all that was written is finite."""
+        # Triton comes with CUDA builds of PyTorch, and CPUs do without it.
+        from .device_gradients import DeviceBackward, DeviceSums
+
+        if self._device is None:
+            self._device = DeviceBackward(layer.ids_device)
+        if not isinstance(self._sums, DeviceSums):
+            self._sums = DeviceSums(self._store, exact=self._exact)
+        found, finite = self._device.answer(layer, pending, buffer)
+        return partial(self._sums.add, key, layer.slots, found), finite
 
     def add_up(self) -> None:
         """Add up the gradients of the experts that the last call used, unless they were already."""
         if self._pending is None:
             return
-        (key, gradients), self._pending = self._pending, None
+        (key, add), self._pending = self._pending, None
         try:
-            gradients.accumulate(self._sums, key.expert)
+            add()
         except BaseException as error:
             self._contributions.break_off(f"{key}: {describe_error(error)}")
             raise
 
-    def close(self, attempt: Attempt) -> GradientAccumulators:
+    def close(self, attempt: Attempt) -> ExpertSums:
         """Close the attempt under way for calls, and return its sums, which are the caller's now.
 
         They stay the same object until another attempt begins. Their keys are experts; those that
@@ -152,8 +200,10 @@ def _attempt(backward: Backward) -> Attempt:
     return Attempt(backward.run, backward.step, backward.attempt)
 
 
-def _bad_experts(ids_TK: Tensor, grad_x: Tensor, grad_weights_TK: Tensor) -> list[int]:
+def _bad_experts(layout: CallLayout, payload: Tensor, buffer: Tensor) -> list[int]:
     """Return the experts of rows whose gradients are not finite."""
+    _, ids_TK, _ = layout.call_tensors(payload)
+    grad_x, grad_weights_TK = layout.reply_tensor(buffer), layout.grad_weights_tensor(buffer)
     finite_T = torch.isfinite(grad_x.flatten(1)).all(dim=1) & torch.isfinite(grad_weights_TK).all(1)
     if finite_T.all():
         return []

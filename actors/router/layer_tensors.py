@@ -24,6 +24,7 @@ from ...cluster.routing.expert_fallback import keep_top_experts
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import Frame, Reply
 from ...proto.wire import DTYPE_TO_WIRE, CallLayout, checksum, wide
+from ..runtime.devices import to_cpu
 from ..transport.base import call_of
 from .backward import BackwardHalf
 from .lent_part import LentPart
@@ -83,7 +84,7 @@ class LayerTensors:
 
     @functools.cached_property
     def _on_cpu(self) -> np.ndarray:
-        return _as_numpy(_to_cpu(self.x_TH))
+        return _as_numpy(to_cpu(self.x_TH))
 
     def layout(self, rows: int, top_k: int) -> CallLayout:
         backward = self.half is not None
@@ -377,20 +378,10 @@ def _on_cpu(ids_TK: Tensor, weights_TK: Tensor) -> tuple[np.ndarray, np.ndarray]
     """Return a copy of the ids, int32, and the weights; wait for a device once."""
     alike = ids_TK.device == weights_TK.device and weights_TK.dtype == torch.float32
     if ids_TK.is_cuda and alike:
-        both = _to_cpu(torch.stack([ids_TK.int(), weights_TK.view(torch.int32)]))
+        both = to_cpu(torch.stack([ids_TK.int(), weights_TK.view(torch.int32)]))
         return both[0].numpy(), both[1].view(torch.float32).numpy()
     ids_TK = ids_TK.to(device="cpu", dtype=torch.int32, copy=True)
     return ids_TK.numpy(), weights_TK.cpu().numpy()
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU, and wait until it is there; pinned memory is copied fastest."""
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    found.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return found
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...proto.errors import ClusterError
 from ..expert_keys import ExpertKey
 from ..placement import HostEntry
+
+_CPU = "cpu"  # as the device of a host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,3 +47,14 @@ class RunPlan:
     tensors: Mapping[ExpertKey, Trained]
     redundancy: int = 0  # owners of a key besides the first
     exact: bool = False
+
+
+def check_devices(plan: RunPlan, pool: PoolNow) -> None:
+    """Raise ClusterError if owners of one key may be on CPUs and on GPUs: their bits differ."""
+    kinds = {entry.device == _CPU: host for host, entry in pool.entries.items()}
+    if plan.redundancy and len(kinds) > 1:
+        raise ClusterError(
+            f"redundancy: {plan.redundancy}: {kinds[True]} computes on a CPU and {kinds[False]} on "
+            "a GPU, whose updates differ in the last bits; let all hosts be on one kind of device, "
+            "or use redundancy 0"
+        )

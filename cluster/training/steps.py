@@ -53,7 +53,7 @@ from .owners import (
     ownerless,
     without_hosts,
 )
-from .run_plan import PoolNow, RunPlan
+from .run_plan import PoolNow, RunPlan, check_devices
 
 Answers = Mapping[str, Answer | MoesaicError]
 T = TypeVar("T")
@@ -82,6 +82,7 @@ class TrainingSteps:
 
         The first commit has ``next_version``. Raises ClusterError.
         """
+        check_devices(plan, pool)
         self.plan = plan
         self.step = 0  # steps that were committed, up to the state of now
         self._turn = 0  # commits and checkpoints that were taken over: it never goes back

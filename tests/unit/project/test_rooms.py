@@ -74,7 +74,8 @@ actors/engine/vllm_backend          proto models/folder models/trunk cluster clu
                                     actors/runtime actors/text actors/engine actors/router
 actors/host/memory                  proto kernels kernels/backward kernels/slabs models/trunk
                                     cluster cluster/host actors/runtime
-actors/host                         proto kernels kernels/backward kernels/slabs kernels/training
+actors/host                         proto kernels kernels/backward kernels/grouped kernels/slabs
+                                    kernels/training
                                     models/folder models/trunk cluster cluster/host cluster/reports
                                     cluster/routing cluster/training actors/runtime actors/transport
                                     actors/transport/grpc actors/transport/bulk actors/host/memory
