@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cluster.expert_keys import LayerKey
+from ...cluster.expert_keys import SHARED, LayerKey
 from ...cluster.training.contributions import Attempt, Contributions, Part
 from ...kernels.backward.accumulators import GradientAccumulators
 from ...kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm, PendingGradients
@@ -90,7 +90,7 @@ class HostGradients:
             return
         (key, gradients), self._pending = self._pending, None
         try:
-            gradients.accumulate(self._sums, key.expert)
+            gradients.accumulate(self._sums, key.expert, key.expert(SHARED))
         except BaseException as error:
             self._contributions.break_off(f"{key}: {describe_error(error)}")
             raise
@@ -98,8 +98,9 @@ class HostGradients:
     def close(self, attempt: Attempt) -> GradientAccumulators:
         """Close the attempt under way for calls, and return its sums, which are the caller's now.
 
-        They stay the same object until another attempt begins. Their keys are experts; those that
-        no token has used are missing. Raises NotHere, and InternalError as `Contributions.close`.
+        They stay the same object until another attempt begins. Their keys are experts, and layers'
+        shared tensors; those that no token has used are missing. Raises NotHere, and InternalError
+        as `Contributions.close`.
         """
         self._contributions.close(attempt)
         return self._sums

@@ -18,7 +18,7 @@ from ...kernels.backward.accumulators import GradientAccumulators
 from ...kernels.ffn import wide_dtype
 from ...kernels.training.owned_tensors import OwnedTensors
 from ...kernels.training.update_rules import UpdateRule
-from ...proto.errors import BadInput, Busy, CallError, NotHere, UnsupportedModel
+from ...proto.errors import BadInput, Busy, CallError, NotHere
 from ...proto.limits import MAX_BLOCK_BYTES, MAX_PUT_BYTES
 from .weight_store import ExpertStore
 
@@ -218,11 +218,7 @@ class RunTensors:
     # ---- other processes ------------------------------------------------------------------------
 
     def check_key(self, key: ExpertKey) -> None:
-        """Raise CallError for a key of another model, and UnsupportedModel for shared tensors."""
-        if key.expert == SHARED and key.layer != TRUNK:
-            raise UnsupportedModel(
-                f"{key} cannot be trained yet, such as a norm behind experts; freeze them"
-            )
+        """Raise CallError for a key of another model."""
         if key.model != self.opened.model:
             raise CallError(f"{key}: run {self.opened.run} trains {self.opened.model!r}")
 
@@ -245,11 +241,26 @@ class RunTensors:
             if version != wanted.version:
                 found = "another host owns it" if version is None else f"it has version {version}"
                 raise NotHere(f"version {wanted.version} of {key} is not on {self._host}: {found}")
-            masters = self.owned.masters(key)
+            owned = [self.owned.masters(one) for one in self._with_shared(key)]
+            masters = {id(master) for one in owned for master in one.values()}
             return {
-                name: tensor.clone() if tensor is masters[name] else tensor
-                for name, tensor in self.owned.weights(key).items()
+                name: tensor.clone() if id(tensor) in masters else tensor
+                for name, tensor in self.weights(key).items()
             }
+
+    def weights(self, key: ExpertKey) -> dict[str, Tensor]:
+        """Return what is trained of a key, as `OwnedTensors.weights`.
+
+        An expert's has what is trained of the tensors that all experts of its layer share.
+        """
+        found: dict[str, Tensor] = {}
+        for one in self._with_shared(key):
+            found |= self.owned.weights(one)
+        return found
+
+    def _with_shared(self, key: ExpertKey) -> list[ExpertKey]:
+        shared = key._replace(expert=SHARED)
+        return [key, shared] if shared != key and shared in self.owned else [key]
 
     def put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
         """Keep a gradient, or what a key is to be owned from.

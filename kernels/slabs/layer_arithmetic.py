@@ -141,5 +141,6 @@ class DeviceLayer:
                     down=slots.down_SHI[at],
                     up_bias=None if up_bias is None else up_bias[at],
                     down_bias=None if down_bias is None else down_bias[at],
+                    **{name: all_S[at] for name, all_S in slots.shared.items()},
                 )
         return form, experts

@@ -25,7 +25,12 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ...proto.errors import UnsupportedModel, describe_error
 from ..folder.files import SINGLE_FILE
 from ..trunk.adapters import conversions
-from ..trunk.experts_layers import ExpertsLayer, expert_parameters, experts_layers
+from ..trunk.experts_layers import (
+    ExpertsLayer,
+    expert_parameters,
+    experts_layers,
+    shared_parameters,
+)
 from ..trunk.fitting import first_few
 from ..trunk.trunk import meta_model
 
@@ -93,7 +98,7 @@ def plan_export(
     experts = {
         f"{layer.name}.{parameter}": layer.name
         for layer in layers.values()
-        for parameter, _ in expert_parameters(layer)
+        for parameter, _ in (*expert_parameters(layer), *shared_parameters(layer))
     }
     parameters = model.state_dict()
     _check_names(name, parameters.keys() - experts.keys(), trunk.state_dict().keys())
@@ -166,8 +171,8 @@ def _check_names(name: str, wanted: AbstractSet[str], found: AbstractSet[str]) -
     """Check that the trunk has exactly what the whole model has besides its experts' weights."""
     if lacking := sorted(wanted - found):
         raise UnsupportedModel(
-            f"{name}: neither trunk nor experts have {first_few(lacking)}; weights that all "
-            "experts of a layer share are not exported"
+            f"{name}: neither trunk nor experts have {first_few(lacking)}, which config.json makes "
+            "a part of the model"
         )
     if surplus := sorted(found - wanted):
         raise UnsupportedModel(

@@ -49,7 +49,7 @@ def assert_same_model(pool: LocalPool, trunk: Any, plain: Any, tolerance: float)
     """Trunk and experts have the plain model's values; replicas have the same bits."""
     own = dict(trunk.named_parameters())
     layers = experts_layers(plain)
-    names = {id(p) for layer in layers for p in layer.module._parameters.values() if p is not None}
+    names = {id(one) for layer in layers for one in layer.module.parameters()}
     for name, wanted in plain.named_parameters():
         if id(wanted) not in names:
             assert_near(own[name].detach(), wanted.detach(), tolerance, name)
