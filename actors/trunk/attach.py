@@ -15,6 +15,7 @@ from ...models.trunk.experts_layers import (
     ExpertsLayer,
     expert_bytes,
     expert_parameters,
+    expert_tensors,
     experts_layers,
     shared_parameters,
 )
@@ -124,10 +125,3 @@ def _send(granted: Granted, secret: ClusterSecret, layers: Mapping[int, ExpertsL
 
     for key, _ in granted.experts:
         put(key, expert_tensors(layers[key.layer], key.expert))
-
-
-def expert_tensors(layer: ExpertsLayer, expert: int) -> dict[str, torch.Tensor]:
-    """Return one expert of a model in memory, in the form that `ExpertStore.put` accepts."""
-    own = {name: one.data[expert] for name, one in expert_parameters(layer)}
-    own |= {name: one.data for name, one in shared_parameters(layer)}
-    return {layer.pool_name(name): tensor.cpu().contiguous() for name, tensor in own.items()}

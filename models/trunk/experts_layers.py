@@ -190,6 +190,13 @@ def shared_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]
     return ((name, one) for name, one in layer.module.named_parameters() if name not in own)
 
 
+def expert_tensors(layer: ExpertsLayer, expert: int) -> dict[str, Tensor]:
+    """Return one expert of a model in memory as the pool has it, on the CPU."""
+    own = {name: one.data[expert] for name, one in expert_parameters(layer)}
+    own |= {name: one.data for name, one in shared_parameters(layer)}
+    return {layer.pool_name(name): tensor.cpu().contiguous() for name, tensor in own.items()}
+
+
 def expert_shapes(layer: ExpertsLayer) -> dict[str, tuple[int, ...]]:
     """Return the shapes of one expert's tensors, by their names in the pool."""
     own = {layer.pool_name(n): tuple(p.shape[1:]) for n, p in expert_parameters(layer)}

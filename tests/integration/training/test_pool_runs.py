@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moesaic.actors.training.optimizer import RunOptimizer
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.training.orders import BulkKey, Commit, Order, Reduce
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.experts_layers import expert_tensors, experts_layers
 from moesaic.proto.errors import CheckpointError, ClusterError, StepLost
 from tests.helpers.training.disturbed import HASTY, Disturbed
 from tests.helpers.training.runs import LocalPool, held, optimizing, training_pool

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.models.export.export import ExpertsOf, export_model
 from moesaic.models.export.plan import plan_export
 from moesaic.models.export.write_checkpoint import write_checkpoint
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.experts_layers import expert_tensors, experts_layers
 from moesaic.models.trunk.trunk import strip_experts
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.models.architectures import ADAPTED, ARCHITECTURES, OWN
