@@ -102,6 +102,11 @@ def write_model(
             write({name: own[name].cpu() for name in names})
         for layer in plan.layers:
             write(_layer(plan, layer, experts(layer)))
+        for name, stored in plan.unread.items():
+            like = plan.files[files[name].file.name][name]
+            # transformers loads no folder without them, whatever they are.
+            tensor = torch.zeros(like.shape) if stored is None else stored.read(None)
+            files[name].write(name, tensor.to(like.dtype))
     if len(plan.files) > 1:
         index = {
             "metadata": plan.metadata,

@@ -18,6 +18,7 @@ from moesaic.cluster.expert_keys import (
     TRUNK,
     ExpertKey,
     LayerKey,
+    is_shared,
     trunk_block,
 )
 from moesaic.cluster.training.contributions import Part
@@ -101,7 +102,10 @@ class TrainingWorld:
             optimizer="SGD",
             settings={},
             tensors={
-                key: Trained(groups={"w": 0}, nbytes=self.random.randint(1, 9)) for key in trained
+                key: Trained(
+                    groups={"w": 0}, nbytes=1 if is_shared(key) else self.random.randint(1, 9)
+                )
+                for key in trained
             },
             redundancy=redundancy,
         )

@@ -159,11 +159,11 @@ def test_a_checkpoint_is_written_beside_the_next_step(folder: Path, tmp_path: Pa
     ):
         one_step(model, optimizer, 0)
         before = states(optimizer, pool)
-        run: Any = optimizer.run
-        saving = run.save(tmp_path / "saved", wait=False)
+        saving = optimizer.save(tmp_path / "saved", wait=False)
+        kept = optimizer.state_dict()
         one_step(model, optimizer, 1)
         assert saving.done() and saving.exception() is None, "a commit waits for what is read"
-        run.restore(tmp_path / "saved")
+        optimizer.load_state_dict(kept)
         after = states(optimizer, pool)
         for key, tensors in before.items():
             assert all(torch.equal(after[key][name], one) for name, one in tensors.items())
