@@ -288,7 +288,8 @@ class RunTensors:
             return MAX_BLOCK_BYTES
         if key.kind != "state":
             # A trunk's gradients have any type: eight bytes are the most.
-            wide = 8 if key.key.layer == TRUNK else max(t.itemsize for _, t in forms.values())
+            of_masters = max((t.itemsize for _, t in forms.values()), default=0)
+            wide = 8 if key.key.layer == TRUNK else of_masters
             sizes = [wide * math.prod(shape) for shape, _ in forms.values()]
             return sum(sizes) + _header(forms, 1)
         rule = self.owned.rule

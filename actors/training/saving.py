@@ -7,7 +7,7 @@ wide type are their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,12 +69,14 @@ class SavedRun:
                 with self.read("weights", key) as tensors:
                     yield expert, tensors
                 continue
-            state: dict[str, Tensor] = {}
-            for own in (key, key._replace(expert=SHARED)) if expert == _WITH_SHARED else (key,):
-                if own in self.trained and self.trained[own].groups:
-                    with self.read("state", own) as tensors:
-                        state |= {n: t.clone() for n, t in _stored(tensors, plan.dtype).items()}
-            yield expert, state
+            keys = [key, key._replace(expert=SHARED)] if expert == _WITH_SHARED else [key]
+            with ExitStack() as stack:
+                state: dict[str, Tensor] = {}
+                for own in keys:
+                    if own in self.trained and self.trained[own].groups:
+                        tensors = stack.enter_context(self.read("state", own))
+                        state |= _stored(tensors, plan.dtype)
+                yield expert, state
 
     def _trunk_state(self) -> Iterator[tuple[str, Tensor]]:
         parameters = dict(self.trunk.named_parameters())

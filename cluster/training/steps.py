@@ -183,12 +183,13 @@ class TrainingSteps:
             for key in self.plan.tensors
             if key.layer != TRUNK
         }
+        trained = {key for key in sources if self.plan.tensors[key].groups}
         reduction = _Reduction()
         given: dict[str, Collection[ExpertKey]] = {
             host: self._or_lost(answer, host, Gathered).keys for host, answer in found.items()
         }
         for source, keys in sorted((given | dict(put or {})).items()):
-            for key in sources.keys() & keys:
+            for key in trained.intersection(keys):
                 have = sources[key]
                 if have is None:
                     raise self._is_lost(f"{key} has gradients from {source}, and is to be left out")

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..ffn import PostNorm
 from .activation import Activation
 
 _UP = frozenset({"up", "up_bias"})
@@ -23,12 +22,12 @@ class SlotForm:
     """What the experts of a layer have in common, apart from their weights.
 
     ``activate`` is for a function that `Activation` does not know; it maps (N, U) to (N, I).
-    ``post_norm`` is that of `ExpertForm`.
+    ``post_norm`` maps (N, H), with the tensors that the layer's experts share, to (N, H).
     """
 
     activation: Activation | None
     activate: Callable[[Tensor], Tensor] | None = None
-    post_norm: PostNorm | None = None
+    post_norm: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
 
     @property
     def in_slots(self) -> Callable[[Tensor], Tensor]:
@@ -72,7 +71,9 @@ class LayerSlots:
         # the device to find one.
         row = self.layer.long().view(1)
         slot = self.table_LE.index_select(0, row).amax().clamp(min=0).long().view(1)
-        tensors = {name: all_S.index_select(0, slot)[0] for name, all_S in self.shared.items()}
+        # Autograd takes no tensor that was made in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = {n: all_S.index_select(0, slot)[0] for n, all_S in self.shared.items()}
         return lambda y_NH: post_norm(y_NH, tensors)
 
 

@@ -175,6 +175,24 @@ def test_a_checkpoint_has_it(folder: Path, tmp_path: Path) -> None:
         assert_near(again.get_parameter(name).detach(), wanted.detach(), 1e-12, name)
 
 
+def test_a_checkpoint_of_a_run_with_frozen_experts(folder: Path, tmp_path: Path) -> None:
+    def freeze(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.0.mlp.experts" not in name)
+
+    with (
+        training_pool(folder, hosts=2, replicas=2) as pool,
+        optimizing(pool, folder, prepare=freeze) as (model, optimizer),
+    ):
+        one_step(model, optimizer, 0)
+        optimizer.save(tmp_path / "saved")
+        kept, before = optimizer.state_dict(), states(optimizer, pool)
+        first = one_step(model, optimizer, 1)
+        optimizer.load_state_dict(kept)
+        assert before.keys() == states(optimizer, pool).keys()
+        assert first == one_step(model, optimizer, 1)
+
+
 @pytest.mark.parametrize("how", ["drained", "lost"])
 def test_its_owners_follow_those_of_the_experts(folder: Path, how: str) -> None:
     plain, expected = plain_run(folder, 3)
