@@ -73,7 +73,8 @@ class ExpertWeights:
         cls, tensors: Mapping[str, Tensor], *, fused: str | None = None, memory: object = None
     ) -> ExpertWeights:
         """Make an expert from the result of `tensors`; ``fused`` and ``memory`` as in the class."""
-        return cls(**tensors, fused=fused, memory=memory)
+        others = {name: tensors.get(name) for name in ("up_bias", "down_bias", *SHARED_NAMES)}
+        return cls(tensors["up"], tensors["down"], *others.values(), fused, memory)
 
     def tensors(self) -> dict[str, Tensor]:
         named = {

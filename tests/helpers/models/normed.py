@@ -57,7 +57,7 @@ class NormedForCausalLM(MixtralForCausalLM):
     def __init__(self, config: NormedConfig) -> None:
         super().__init__(config)
         for layer in self.model.layers:
-            layer.mlp.experts = NormedExperts(config)  # pyright: ignore[reportArgumentType]
+            layer.mlp.experts = NormedExperts(config)  # pyright: ignore[reportAttributeAccessIssue]
         self.post_init()
 
 
