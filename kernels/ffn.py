@@ -73,8 +73,9 @@ class ExpertWeights:
         cls, tensors: Mapping[str, Tensor], *, fused: str | None = None, memory: object = None
     ) -> ExpertWeights:
         """Make an expert from the result of `tensors`; ``fused`` and ``memory`` as in the class."""
-        others = {name: tensors.get(name) for name in ("up_bias", "down_bias", *SHARED_NAMES)}
-        return cls(tensors["up"], tensors["down"], *others.values(), fused, memory)
+        biases = tensors.get("up_bias"), tensors.get("down_bias")
+        norms = tensors.get("norm"), tensors.get("norm_bias")
+        return cls(tensors["up"], tensors["down"], *biases, *norms, fused, memory)
 
     def tensors(self) -> dict[str, Tensor]:
         named = {
