@@ -50,5 +50,10 @@ def trunk_block(model: str, block: int) -> ExpertKey:
     return ExpertKey(model, TRUNK, block)
 
 
+def is_shared(key: ExpertKey) -> bool:
+    """Return whether a key is that of what all experts of a layer share."""
+    return key.expert == SHARED and key.layer != TRUNK
+
+
 def first_versions(keys: Iterable[ExpertKey]) -> list[ExpertVersion]:
     return [ExpertVersion(key, FIRST_VERSION) for key in keys]

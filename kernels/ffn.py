@@ -27,6 +27,14 @@ from . import fused, onednn
 TILE_ROWS = 16
 
 
+# Tensors of an expert that all experts of its layer share: parameters of the norm behind them. Each
+# expert has a copy, so that whoever has an expert has all that computes it, in one version.
+SHARED_NAMES = ("norm", "norm_bias")
+
+# ((R, H), the shared tensors by name) -> (R, H)
+PostNorm = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertForm:
     """What the experts of one layer have in common, apart from their weights.
@@ -37,7 +45,7 @@ class ExpertForm:
 
     transposed: bool
     activate: Callable[[Tensor], Tensor]
-    post_norm: Callable[[Tensor], Tensor] | None = None
+    post_norm: PostNorm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,8 @@ class ExpertWeights:
     down: Tensor
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    norm: Tensor | None = None
+    norm_bias: Tensor | None = None
     fused: str | None = None
     # What the tensors lie in, kept alive with them, if they do not own their memory.
     memory: object = field(default=None, repr=False, compare=False)
@@ -64,7 +74,8 @@ class ExpertWeights:
     ) -> ExpertWeights:
         """Make an expert from the result of `tensors`; ``fused`` and ``memory`` as in the class."""
         biases = tensors.get("up_bias"), tensors.get("down_bias")
-        return cls(tensors["up"], tensors["down"], *biases, fused, memory)
+        norms = tensors.get("norm"), tensors.get("norm_bias")
+        return cls(tensors["up"], tensors["down"], *biases, *norms, fused, memory)
 
     def tensors(self) -> dict[str, Tensor]:
         named = {
@@ -72,7 +83,14 @@ class ExpertWeights:
             "down": self.down,
             "up_bias": self.up_bias,
             "down_bias": self.down_bias,
+            "norm": self.norm,
+            "norm_bias": self.norm_bias,
         }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def shared(self) -> dict[str, Tensor]:
+        """Return the tensors that all experts of the layer have in common."""
+        named = {"norm": self.norm, "norm_bias": self.norm_bias}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -119,7 +137,8 @@ def pack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
     if expert.up_bias is None and expert.down_bias is None and fused.takes(up, down):
         activation = fused.activation_of(form.activate)
         if activation is not None:
-            return ExpertWeights(fused.pack(up), fused.pack(down), fused=activation)
+            up, down = fused.pack(up), fused.pack(down)
+            return replace(expert, up=up, down=down, fused=activation)
     up, down = onednn.pack(up), onednn.pack(down)
     return replace(expert, up=up, down=down)
 
@@ -164,8 +183,7 @@ def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
     """Compute one expert on its rows: (R, H) -> (R, H) in the expert's dtype, not weighted."""
     if expert.fused is None:
         return expert_down(form, expert, expert_up(form, expert, x_RH))
-    y_RH = fused.ffn(x_RH, expert.up, expert.down, expert.fused)
-    return y_RH if form.post_norm is None else form.post_norm(y_RH)
+    return _normed(form, expert, fused.ffn(x_RH, expert.up, expert.down, expert.fused))
 
 
 def expert_up(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
@@ -176,7 +194,11 @@ def expert_up(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
 def expert_down(form: ExpertForm, expert: ExpertWeights, up_R: Tensor) -> Tensor:
     """Compute what comes after `expert_up`: its result -> (R, H)."""
     y_RH = _product(form.activate(up_R), expert.down, expert.down_bias, form.transposed)
-    return y_RH if form.post_norm is None else form.post_norm(y_RH)
+    return _normed(form, expert, y_RH)
+
+
+def _normed(form: ExpertForm, expert: ExpertWeights, y_RH: Tensor) -> Tensor:
+    return y_RH if form.post_norm is None else form.post_norm(y_RH, expert.shared())
 
 
 class SortedAssignments(NamedTuple):
@@ -212,13 +234,12 @@ def _expert_rows(
     """Compute each expert on its rows, which follow each other: (N, H) -> (N, H), not weighted."""
     banks = {expert.bank for expert in used}
     bank = banks.pop() if len(banks) == 1 else None
-    if bank is None:
+    if bank is None or form.post_norm is not None:
         pieces = zip(used, x_NH.split(rows), strict=True)
         return torch.cat([expert_ffn(form, expert, x_RH) for expert, x_RH in pieces] or [x_NH])
     # Experts that lie together are computed in one call, which reads their weights at full speed.
     place_N = torch.tensor([e.place for e in used], dtype=torch.int32)
-    y_NH = bank.ffn(x_NH, place_N.repeat_interleave(torch.tensor(rows)))
-    return y_NH if form.post_norm is None else form.post_norm(y_NH)
+    return bank.ffn(x_NH, place_N.repeat_interleave(torch.tensor(rows)))
 
 
 def loop_kernel(

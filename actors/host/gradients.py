@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ...cluster.expert_keys import ExpertKey, LayerKey
+from ...cluster.expert_keys import SHARED, ExpertKey, LayerKey
 from ...cluster.training.contributions import Attempt, Contributions, Part
 from ...kernels.backward.accumulators import GradientAccumulators
 from ...kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm
@@ -144,7 +144,7 @@ class HostGradients:
             found = kept_backward(form, experts, kept, x_TH, *half)
         sums = self._sums
         assert isinstance(sums, GradientAccumulators)
-        return partial(found.accumulate, sums, key.expert)
+        return partial(found.accumulate, sums, key.expert, key.expert(SHARED))
 
     def _on_device(
         self, key: LayerKey, layer: DeviceLayer, pending: PendingCall, buffer: Tensor
@@ -174,8 +174,9 @@ class HostGradients:
     def close(self, attempt: Attempt) -> ExpertSums:
         """Close the attempt under way for calls, and return its sums, which are the caller's now.
 
-        They stay the same object until another attempt begins. Their keys are experts; those that
-        no token has used are missing. Raises NotHere, and InternalError as `Contributions.close`.
+        They stay the same object until another attempt begins. Their keys are experts, and layers'
+        shared tensors; those that no token has used are missing. Raises NotHere, and InternalError
+        as `Contributions.close`.
         """
         self._contributions.close(attempt)
         self.activations.end()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...cluster.card_memory import CardShare
-from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion, LayerKey
+from ...cluster.expert_keys import ExpertKey, ExpertVersion
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.fence import Fence
 from ...cluster.host.residency import HostLimits, LayerShape, Residency
@@ -340,22 +340,14 @@ class ExpertHost:
                 self._kept.keep(model, memory)
 
     def _fetch(self, wanted: ExpertVersion, peer: HostEntry) -> LayerShape:
-        key = wanted.key
-        proof = self._secret.proof("weights", peer.target)
-
-        def get(wanted: ExpertVersion) -> dict[str, Tensor]:
-            return get_weights(
-                peer.grpc_address,
-                wanted,
-                timeout_s=FETCH_TIMEOUT_S,
-                max_bytes=self._store.most_bytes(wanted.key),
-                proof=proof,
-            )
-
-        if self._store.lacks_shared(LayerKey(key.model, key.layer)):
-            shared = ExpertVersion(key._replace(expert=SHARED), FIRST_VERSION)
-            self._store.put(shared, get(shared))
-        return self._store.put(wanted, get(wanted))
+        tensors = get_weights(
+            peer.grpc_address,
+            wanted,
+            timeout_s=FETCH_TIMEOUT_S,
+            max_bytes=self._store.most_bytes(wanted.key),
+            proof=self._secret.proof("weights", peer.target),
+        )
+        return self._store.put(wanted, tensors)
 
     def _hold(self, kept: Mapping[ExpertVersion, LayerShape]) -> None:
         """Admit calls for experts that are in the store."""

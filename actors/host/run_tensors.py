@@ -17,7 +17,7 @@ from ...cluster.training.orders import BulkKey, GroupUpdate, OpenRun
 from ...kernels.ffn import wide_dtype
 from ...kernels.training.owned_tensors import OwnedTensors
 from ...kernels.training.update_rules import UpdateRule
-from ...proto.errors import BadInput, Busy, CallError, NotHere, UnsupportedModel
+from ...proto.errors import BadInput, Busy, CallError, NotHere
 from ...proto.limits import MAX_BLOCK_BYTES, MAX_PUT_BYTES
 from .gradients import ExpertSums
 from .weight_store import ExpertStore
@@ -220,13 +220,14 @@ class RunTensors:
     # ---- other processes ------------------------------------------------------------------------
 
     def check_key(self, key: ExpertKey) -> None:
-        """Raise CallError for a key of another model, and UnsupportedModel for shared tensors."""
-        if key.expert == SHARED and key.layer != TRUNK:
-            raise UnsupportedModel(
-                f"{key} cannot be trained yet, such as a norm behind experts; freeze them"
-            )
+        """Raise CallError for a key of another model, and for what this host cannot train."""
         if key.model != self.opened.model:
             raise CallError(f"{key}: run {self.opened.run} trains {self.opened.model!r}")
+        if key.expert == SHARED and key.layer != TRUNK and self._store.device.type != "cpu":
+            raise CallError(
+                f"{key}: what all experts of a layer share is trained by hosts with device: cpu; "
+                "freeze it, or use such hosts"
+            )
 
     @contextmanager
     def reading(self, wanted: BulkKey) -> Iterator[Mapping[str, Tensor]]:
@@ -247,7 +248,21 @@ class RunTensors:
             if version != wanted.version:
                 found = "another host owns it" if version is None else f"it has version {version}"
                 raise NotHere(f"version {wanted.version} of {key} is not on {self._host}: {found}")
-            yield self.owned.weights(key)
+            yield self.weights(key)
+
+    def weights(self, key: ExpertKey) -> dict[str, Tensor]:
+        """Return what is trained of a key, as `OwnedTensors.weights`.
+
+        An expert's has what is trained of the tensors that all experts of its layer share.
+        """
+        found: dict[str, Tensor] = {}
+        for one in self._with_shared(key):
+            found |= self.owned.weights(one)
+        return found
+
+    def _with_shared(self, key: ExpertKey) -> list[ExpertKey]:
+        shared = key._replace(expert=SHARED)
+        return [key, shared] if shared != key and shared in self.owned else [key]
 
     def put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
         """Keep a gradient, or what a key is to be owned from.
@@ -275,7 +290,8 @@ class RunTensors:
             return MAX_BLOCK_BYTES
         if key.kind != "state":
             # A trunk's gradients have any type: eight bytes are the most.
-            wide = 8 if key.key.layer == TRUNK else max(t.itemsize for _, t in forms.values())
+            of_masters = max((t.itemsize for _, t in forms.values()), default=0)
+            wide = 8 if key.key.layer == TRUNK else of_masters
             sizes = [wide * math.prod(shape) for shape, _ in forms.values()]
             return sum(sizes) + _header(forms, 1)
         rule = self.owned.rule

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from ...cluster.expert_keys import TRUNK, ExpertKey, ExpertVersion
+from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey, ExpertVersion, LayerKey
 from ...cluster.host.residency import LayerShape, Residency
 from ...cluster.placement import HostEntry
 from ...cluster.training.contributions import Attempt
@@ -38,6 +38,7 @@ from ...cluster.training.orders import (
     RunId,
     Serve,
 )
+from ...cluster.versions import WeightVersions
 from ...proto.errors import BadInput, Busy, MoesaicError, NotHere, Superseded
 from .gradients import HostGradients
 from .run_tensors import RunTensors, check_shape
@@ -182,9 +183,12 @@ class HostTraining:
         for key, new in order.keys.items():
             run.check_key(key)
             if not run.owns(key, new.groups):
-                self._become_owner(run, key, new, order.versions.of(key))
+                self._become_owner(run, key, new, order.versions)
 
-    def _become_owner(self, run: RunTensors, key: ExpertKey, new: NewlyOwned, version: int) -> None:
+    def _become_owner(
+        self, run: RunTensors, key: ExpertKey, new: NewlyOwned, versions: WeightVersions
+    ) -> None:
+        version = versions.of(key)
         if (state := run.given(key, "state")) is not None:
             run.restore(key, state, new.groups, version)
         elif (weights := run.given(key, "weights")) is not None:
@@ -195,11 +199,19 @@ class HostTraining:
                 state = {name: tensor.clone() for name, tensor in found.items()}
             run.restore(key, state, new.groups, version)
         elif key.layer != TRUNK:
+            held = self._with_shared(key, versions) if key.expert == SHARED else key
             # What is read from a slab is a copy.
-            weights = self._store.get(ExpertVersion(key, version))
-            run.own(key, weights, new.groups, version)
+            run.own(key, self._store.get(versions.served(held)), new.groups, version)
         else:
             raise NotHere(f"{key}: neither its state nor its weights were put into {self._host}")
+
+    def _with_shared(self, shared: ExpertKey, versions: WeightVersions) -> ExpertKey:
+        """Return an expert that this host serves, with what its layer shares. Raises NotHere."""
+        layer = LayerKey(shared.model, shared.layer)
+        for expert in map(layer.expert, range(self._store.count_experts(layer))):
+            if self._residency.serves(versions.served(expert)):
+                return expert
+        raise NotHere(f"{shared}: no expert of the layer is served on {self._host}")
 
     def _disown(self, order: Disown) -> None:
         run = self._run_of(order.run)
@@ -270,7 +282,7 @@ class HostTraining:
                 [
                     (
                         ExpertVersion(held.key, version),
-                        self._whole(held, run.owned.weights(held.key)),
+                        self._whole(held, run.weights(held.key)),
                     )
                     for held in some
                 ]

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertVersion
+from ...cluster.expert_keys import ExpertVersion
 from ...cluster.placement import HostEntry, ModelRef
 from ...proto.keys import ClusterSecret, Grant
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """Grants for the experts that one host is to hold, and for their layers' shared tensors."""
+    """Grants for the experts that one host is to hold."""
 
     entry: HostEntry
     term: int
@@ -24,7 +24,7 @@ class Granted:
 
     @property
     def experts(self) -> list[ExpertVersion]:
-        return [one for one in self.proofs if one.key.expert != SHARED]
+        return list(self.proofs)
 
     def grant(self, weights: ExpertVersion) -> Grant:
         return Grant(self.term, self.proofs[weights])
@@ -52,10 +52,5 @@ class LocatedExpert:
 def grant_all(
     secret: ClusterSecret, entry: HostEntry, wanted: Iterable[ExpertVersion], term: int
 ) -> Granted:
-    proofs: dict[ExpertVersion, bytes] = {}
-    for one in wanted:
-        shared = ExpertVersion(one.key._replace(expert=SHARED), FIRST_VERSION)
-        for granted in (shared, one):
-            if granted not in proofs:
-                proofs[granted] = secret.grant(entry.host, entry.incarnation, *granted, term)
+    proofs = {one: secret.grant(entry.host, entry.incarnation, *one, term) for one in wanted}
     return Granted(entry, term, proofs)

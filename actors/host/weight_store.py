@@ -27,9 +27,9 @@ from ...models.trunk.checkpoint import Checkpoint
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
 from ...models.trunk.experts_layers import (
     ExpertsLayer,
-    expert_parameters,
     expert_shapes,
     experts_layers,
+    shared_shapes,
 )
 from ...models.trunk.trunk import meta_model
 from ...proto.errors import CallError, CheckpointError, Forbidden, NotHere
@@ -60,7 +60,6 @@ class HostedModel:
         """
         self.ref = ref
         self.layers = layers
-        self._device = device
         dtype = torch_dtype(ref.dtype)
         self.memory: ExpertMemory = (
             SlabMemory(ref.name, layers, dtype, about, learns=ref.learns)
@@ -68,10 +67,8 @@ class HostedModel:
             else SlotMemory(ref.name, layers, dtype, device, about, budget=budget)
         )
 
-    def form(self, layer: int) -> ExpertForm | None:
-        """Return a layer's form; None if tensors that its experts share are yet to be put."""
-        experts = self.layers[layer]
-        return None if _lacks_shared(experts) else experts.form()
+    def form(self, layer: int) -> ExpertForm:
+        return self.layers[layer].form()
 
     def read(self, wanted: ExpertVersion) -> ExpertWeights:
         """Read one expert from a file. Raises NotHere and CheckpointError."""
@@ -101,12 +98,6 @@ class _FolderModel(HostedModel):
     ) -> None:
         self._checkpoint = Checkpoint(folder, read_config(folder), dtype=torch_dtype(ref.dtype))
         super().__init__(ref, self._checkpoint.layers, device, about, budget)
-
-    def form(self, layer: int) -> ExpertForm:
-        form, experts = self._checkpoint.form(layer), self.layers[layer]
-        if experts.has_post_norm:
-            experts.module.to(self._device)
-        return form
 
     def read(self, wanted: ExpertVersion) -> ExpertWeights:
         key, version = wanted
@@ -200,7 +191,7 @@ class ExpertStore:
         """
         model = self._open_model(ref, self.device, about)
         try:
-            forms = {n: form for n in model.layers if (form := model.form(n)) is not None}
+            forms = {number: model.form(number) for number in model.layers}
             held = model.memory.adopt(left, forms)
         except BaseException:
             model.memory.close()
@@ -223,35 +214,27 @@ class ExpertStore:
 
         Raises NotHere and CallError.
         """
-        _, layer = self._layer(key)
-        if key.expert == SHARED:
-            shared = shared_parameters(layer)
-            sizes = {name: p.numel() * max(4, p.element_size()) for name, p in shared.items()}
-        else:
-            shapes, dtype = self.expert_forms(key)
-            sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+        shapes, dtype = self.expert_forms(key)
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
         # The file's JSON header has each tensor's name, dtype, shape and offsets.
         return sum(sizes.values()) + sum(map(len, sizes)) + _HEADER_BYTES * (1 + len(sizes))
 
     def expert_forms(self, key: ExpertKey) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
         """Return the shapes of an expert's tensors by name, and their type.
 
-        Raises NotHere and CallError.
+        Those of `SHARED` are the ones that each expert of the layer has a copy of. Raises NotHere
+        and CallError.
         """
         model, layer = self._layer(key)
-        return expert_shapes(layer), torch_dtype(model.ref.dtype)
+        shapes = shared_shapes(layer) if key.expert == SHARED else expert_shapes(layer)
+        return shapes, torch_dtype(model.ref.dtype)
 
     def put(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> LayerShape:
         """Keep an expert that was sent to this host.
 
         Raises CallError for tensors that misfit, and Busy while there is no room for a version.
         """
-        key = given.key
-        model, layer = self._layer(key)
-        self.check(key, tensors)
-        if key.expert == SHARED:
-            _set_shared(layer, tensors, self.device)
-            return model.shape(key.layer)
+        self.check(given.key, tensors)
         return self._keep(given, ExpertWeights.of(tensors))
 
     def check(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
@@ -261,9 +244,8 @@ class ExpertStore:
         """
         model, layer = self._layer(key)
         if key.expert == SHARED:
-            _check_shared(layer, tensors)
-        else:
-            _check(key, layer, tensors, torch_dtype(model.ref.dtype))
+            raise CallError(f"{key}: each expert has a copy of them, and none comes without")
+        _check(key, layer, tensors, torch_dtype(model.ref.dtype))
 
     @contextmanager
     def reading(self, wanted: ExpertVersion) -> Iterator[Mapping[str, Tensor]]:
@@ -271,11 +253,7 @@ class ExpertStore:
 
         Meanwhile none is kept or dropped. Raises NotHere and CallError.
         """
-        key = wanted.key
-        model, layer = self._layer(key)
-        if key.expert == SHARED:
-            yield {name: parameter.data for name, parameter in shared_parameters(layer).items()}
-            return
+        model, _ = self._layer(wanted.key)
         with model.memory.reading(wanted) as tensors:
             yield tensors
 
@@ -283,11 +261,6 @@ class ExpertStore:
         """Return copies of what `reading` gives."""
         with self.reading(wanted) as tensors:
             return {name: tensor.clone() for name, tensor in tensors.items()}
-
-    def lacks_shared(self, key: LayerKey) -> bool:
-        """Return whether tensors that the experts of a layer have in common are still missing."""
-        _, layer = self._layer(key.expert(SHARED))
-        return _lacks_shared(layer)
 
     def drop(self, gone: ExpertVersion) -> None:
         """Forget an expert and free its memory; call it when the loop has released the expert."""
@@ -339,6 +312,11 @@ class ExpertStore:
                 "hosts with device: cpu"
             )
 
+    def count_experts(self, key: LayerKey) -> int:
+        """Return how many experts a layer has. Raises NotHere and CallError."""
+        _, layer = self._layer(key.expert(SHARED))
+        return layer.num_experts
+
     def is_gated(self, key: LayerKey) -> bool:
         """Return whether the up-projection of a layer's experts has gates. Raises NotHere."""
         return bool(self._model(key.model).layers[key.layer].module.has_gate)
@@ -365,10 +343,7 @@ class ExpertStore:
         key = given.key
         model, layer = self._model(key.model), LayerKey(key.model, key.layer)
         if layer not in self._forms:
-            form = model.form(key.layer)
-            if form is None:
-                raise NotHere(f"layer {key.layer} of {key.model}: its shared tensors come first")
-            self._forms[layer] = form
+            self._forms[layer] = model.form(key.layer)
         model.memory.keep(given, self._forms[layer], weights)
         return model.shape(key.layer)
 
@@ -421,11 +396,10 @@ class ServedWeights:
         Raises what `serve` raises.
         """
         with self._putting:
-            if self._is_served(given):
+            if self._residency.serves(given):
                 self._check_same(given, tensors)
                 return {}
-            shape = self._store.put(given, tensors)
-            return {} if given.key.expert == SHARED else {given: shape}
+            return {given: self._store.put(given, tensors)}
 
     def admit(self, kept: Mapping[ExpertVersion, LayerShape]) -> None:
         """Admit calls for what was kept."""
@@ -442,13 +416,6 @@ class ServedWeights:
                 "and does not replace them; give the model another name"
             )
 
-    def _is_served(self, given: ExpertVersion) -> bool:
-        key = given.key
-        if key.expert == SHARED:
-            layer = LayerKey(key.model, key.layer)
-            return self._residency.serves_layer(layer) and not self._store.lacks_shared(layer)
-        return self._residency.serves(given)
-
 
 def _check(
     key: ExpertKey, layer: ExpertsLayer, tensors: Mapping[str, Tensor], dtype: torch.dtype
@@ -460,30 +427,3 @@ def _check(
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise CallError(f"{key}: {name} is {tensor.dtype}, but its model has {dtype}")
-
-
-def shared_parameters(layer: ExpertsLayer) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that all experts of a layer share, e.g. of a norm after them."""
-    own = {name for name, _ in expert_parameters(layer)}
-    return {n: p for n, p in layer.module.named_parameters() if n not in own}
-
-
-def _lacks_shared(layer: ExpertsLayer) -> bool:
-    return any(p.device.type == "meta" for p in shared_parameters(layer).values())
-
-
-def _check_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor]) -> None:
-    wanted = {name: tuple(parameter.shape) for name, parameter in shared_parameters(layer).items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if given != wanted:
-        raise CallError(
-            f"layer {layer.layer}: the shared tensors are {given}, but its model takes {wanted}"
-        )
-
-
-def _set_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    for name, tensor in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        layer.module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(
-            tensor.to(device), requires_grad=False
-        )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...cluster.expert_keys import ExpertKey, LayerKey
+from ...cluster.expert_keys import SHARED, ExpertKey, LayerKey
 from ...kernels.backward.accumulators import GradientAccumulators, SumMemory
 from ...kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm
 from ...kernels.backward.kept import KeptCall, keeping_forward, kept_backward
@@ -122,7 +122,7 @@ class LentLayers:
             finite = all_finite(grad_x_TH) and all_finite(grad_weights_TK)
             if not finite or not reach.unchanged():
                 return None
-            pending.accumulate(self._sums, key.expert)
+            pending.accumulate(self._sums, key.expert, key.expert(SHARED))
         return grad_x_TH.to(x_TH), grad_weights_TK.to(weights_TK)
 
     def use(self, memory: SumMemory | None) -> None:

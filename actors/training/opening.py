@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import getpass
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import ray
 
-from ...cluster.expert_keys import ExpertKey, trunk_block
+from ...cluster.expert_keys import SHARED, ExpertKey, trunk_block
 from ...cluster.training.run_plan import RunPlan, Trained
 from ...cluster.training.steps import TrainingSteps
 from ...kernels.training.update_rules import UpdateRule
 from ...models.training.groups import TrainedTensors
 from ...models.training.trunk_blocks import trunk_blocks
-from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes
+from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes, shared_shapes
 from ...proto.wire import wide
 from ..router.router import Router
 from ..runtime.cluster_secret import secret_of
@@ -87,14 +87,21 @@ def plan_run(
     wide_bytes = wide(trunk.learning.dtype).itemsize
     tensors: dict[ExpertKey, Trained] = {}
     for layer in layers:
-        groups = trained.experts.get(layer.layer)
-        if groups:
-            shapes = expert_shapes(layer)
-            nbytes = sum(math.prod(shapes[name]) * wide_bytes for name in groups)
-            for expert in range(layer.num_experts):
-                tensors[ExpertKey(model, layer.layer, expert)] = Trained(
-                    groups=groups, nbytes=nbytes
-                )
+        shapes, shared = expert_shapes(layer), shared_shapes(layer)
+        groups = trained.experts.get(layer.layer, {})
+
+        def of(names: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]] = shapes) -> Trained:
+            nbytes = sum(math.prod(shapes[name]) * wide_bytes for name in names)
+            return Trained(groups=names, nbytes=nbytes)
+
+        # Experts of which nothing is trained have owners, too: each step is a version of them all.
+        own = of({name: group for name, group in groups.items() if name not in shared})
+        of_all = of({name: group for name, group in groups.items() if name in shared})
+        tensors |= {
+            ExpertKey(model, layer.layer, expert): own for expert in range(layer.num_experts)
+        }
+        if of_all.groups:
+            tensors[ExpertKey(model, layer.layer, SHARED)] = of_all
     parameters = dict(trunk.model.named_parameters())
     for number, groups in enumerate(trunk_blocks(trunk.model, trained.trunk)):
         nbytes = sum(

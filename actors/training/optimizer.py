@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from ...models.training.trainable_trunk import trainable_trunk_of
 from ...models.training.trunk_watch import TrunkWatch
 from ...proto.errors import BadExpert, BadInput, StepLost
 from .expert_gradients import ExpertGradients
-from .training_run import TrainingRun
+from .training_run import Saving, TrainingRun
 from .wrapped import check_not_wrapped, check_one_process
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,18 @@ log = logging.getLogger(__name__)
 # Keys of a parameter group that are no hyperparameters: schedulers' and people's.
 _BESIDE = {"params", "param_names", "initial_lr", "name"}
 _NAMES = 5  # how many an error lists
+
+
+class _Saved(NamedTuple):
+    """The last checkpoint."""
+
+    where: dict[str, int]  # as `_where` was
+    folder: str
+    saving: Saving | None = None  # None: it was read
+
+    def failed(self) -> bool:
+        saving = self.saving
+        return saving is not None and saving.done() and saving.exception() is not None
 
 
 class RunOptimizer(torch.optim.Optimizer):
@@ -81,7 +94,7 @@ class RunOptimizer(torch.optim.Optimizer):
         self._hooks: list[Any] = []
         self._restores = 0
         self._closed = False
-        self._saved: tuple[dict[str, int], str] | None = None
+        self._saved: _Saved | None = None
         self._opened = trainable_trunk_of(model)
         self._stand_ins = self._opened.stand_ins
         super().__init__(parameter_groups(model, params), self.rule.values({}))
@@ -198,13 +211,35 @@ class RunOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return hyperparameters, and which run, step and checkpoint the state is to be found in.
 
-        The state itself is on its owners. ``checkpoint`` is the folder that `save_pretrained` has
-        written after this step, or None.
+        The state itself is on its owners. ``checkpoint`` is the folder that `save_pretrained` or
+        `save` has written after this step, or is writing; otherwise None.
         """
         found = super().state_dict()
         where = self._where()
-        checkpoint = self._saved[1] if self._saved and self._saved[0] == where else None
+        saved = self._saved
+        checkpoint = saved.folder if saved and saved.where == where and not saved.failed() else None
         return found | {"pool": {**where, "checkpoint": checkpoint}}
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str | None = None,
+        wait: bool = True,
+    ) -> Saving:
+        """Write a training checkpoint of the last step: the whole model, and all state.
+
+        `save_pretrained` of the model does the same. Without ``wait`` the checkpoint is written
+        beside the next step, whose commit waits for it; ``result(timeout)`` of what is returned
+        says when all of it is on the disk. The folder may exist, and other files in it stay.
+        Raises CheckpointError if it cannot be written (without ``wait``, ``result`` does), and
+        UnsupportedModel for a model that cannot be exported.
+        """
+        self._check_unchanged()
+        target = Path(folder)
+        saving = self.run.save(target, max_shard_size=max_shard_size, wait=wait)
+        self._saved = _Saved(self._where(), str(target.absolute()), saving)
+        return saving
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Go back to a state: experts, owners and trunk, from its checkpoint if they are not in it.
@@ -334,9 +369,7 @@ class RunOptimizer(torch.optim.Optimizer):
         return {"run": self.run.run, "step": self.run.step, "restores": self._restores}
 
     def _save(self, folder: Path, max_shard_size: int | str | None) -> None:
-        self._check_unchanged()
-        self.run.save(folder, max_shard_size=max_shard_size)
-        self._saved = (self._where(), str(folder.absolute()))
+        self.save(folder, max_shard_size=max_shard_size)
 
     def _restore(self, where: Mapping[str, object], checkpoint: object) -> None:
         if not isinstance(checkpoint, str):
@@ -345,7 +378,7 @@ class RunOptimizer(torch.optim.Optimizer):
         self.run.restore(Path(checkpoint))
         self._restores += 1
         self._watch.record()
-        self._saved = (self._where(), checkpoint)
+        self._saved = _Saved(self._where(), checkpoint)
 
     def _refuse(self, where: Mapping[str, object]) -> NoReturn:
         raise BadInput(

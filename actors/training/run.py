@@ -331,7 +331,12 @@ class PoolRun:
         without = frozenset(every - learning.layers)
         learning.end("the step's gradients are summed up; call step() or zero_grad() first")
         with self._attempt():
-            own = dict(learning.take())
+            tensors = self._plan.tensors
+            own = {
+                key: gradients
+                for key, gradients in learning.take().items()
+                if key in tensors and tensors[key].groups
+            }
             put = {self._trunk.name: frozenset(own)}
             self._each(list(own), lambda key: self._put_gradients(key, own.pop(key)))
             self._squares = self._exchange(self._steps.reduce_experts(without, put=put))

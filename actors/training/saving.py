@@ -7,7 +7,7 @@ wide type are their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...cluster.expert_keys import TRUNK, ExpertKey
+from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey, is_shared
 from ...cluster.training.run_plan import Trained
 from ...models.export.plan import ExportPlan
 from ...models.export.training_checkpoint import TrainingCheckpoint
@@ -31,6 +31,8 @@ ReadTensors = Callable[
 ]
 
 _MASTER = ".master"
+# The expert whose state in a checkpoint has that of what all experts of its layer share, too.
+_WITH_SHARED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +65,18 @@ class SavedRun:
     ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
         for expert in range(plan.layers[layer].num_experts):
             key = ExpertKey(self.model, layer, expert)
-            if kind == "state" and key not in self.trained:
-                yield expert, {}
+            if kind == "weights":
+                with self.read("weights", key) as tensors:
+                    yield expert, tensors
                 continue
-            with self.read(kind, key) as tensors:
-                yield expert, tensors if kind == "weights" else _stored(tensors, plan.dtype)
+            keys = [key, key._replace(expert=SHARED)] if expert == _WITH_SHARED else [key]
+            with ExitStack() as stack:
+                state: dict[str, Tensor] = {}
+                for own in keys:
+                    if own in self.trained and self.trained[own].groups:
+                        tensors = stack.enter_context(self.read("state", own))
+                        state |= _stored(tensors, plan.dtype)
+                yield expert, state
 
     def _trunk_state(self) -> Iterator[tuple[str, Tensor]]:
         parameters = dict(self.trunk.named_parameters())
@@ -91,7 +100,8 @@ class LoadedRun:
         self._saved = saved
         checkpoint.check()
         experts = {ExpertKey(saved.model, *place) for place in checkpoint.experts}
-        if other := {key for key in saved.trained if key.layer != TRUNK} - experts:
+        trained = {key for key in saved.trained if key.layer != TRUNK and not is_shared(key)}
+        if other := trained - experts:
             raise CheckpointError(
                 f"{checkpoint.path}: it has no {min(other)}; it is a checkpoint of another model"
             )
@@ -116,11 +126,17 @@ class LoadedRun:
         for layer, expert in self._checkpoint.experts:
             key = ExpertKey(saved.model, layer, expert)
             stored = self._checkpoint.weights(layer, expert)
-            trained = saved.trained[key].groups if key in saved.trained else {}
-            if stored.keys() <= trained.keys():
+            shared = key._replace(expert=SHARED)
+            trained = {
+                name
+                for own in (key, shared)
+                if own in saved.trained
+                for name in saved.trained[own].groups
+            }
+            if stored.keys() <= trained:
                 continue
             with saved.read("weights", key) as served:
-                for name in stored.keys() - trained.keys():
+                for name in stored.keys() - trained:
                     if not torch.equal(stored[name], served[name]):
                         raise CheckpointError(
                             f"{self._checkpoint.path}: {name} of {key} is not trained by this run, "
@@ -142,8 +158,9 @@ class LoadedRun:
         if key.layer == TRUNK:
             weights, stored = self.parameters, self._trunk_state
         else:
-            weights = self._checkpoint.weights(key.layer, key.expert)
-            stored = self._checkpoint.state(key.layer, key.expert)
+            expert = _WITH_SHARED if is_shared(key) else key.expert
+            weights = self._checkpoint.weights(key.layer, expert)
+            stored = self._checkpoint.state(key.layer, expert)
         found = {k: t for k, t in stored.items() if k.rpartition(".")[0] in names}
         for name in names:
             if not any(kind.rpartition(".")[0] == name for kind in found):

@@ -11,6 +11,25 @@ from torch import Tensor
 from ...cluster.training.orders import GroupUpdate
 
 
+class Saving(Protocol):
+    """A checkpoint that is being written, or was."""
+
+    def done(self) -> bool:
+        """Return whether it was written, or could not be."""
+        ...
+
+    def result(self, timeout: float | None = None) -> None:
+        """Return when all of it is on the disk.
+
+        Raises CheckpointError if it could not be written, and TimeoutError after so many seconds.
+        """
+        ...
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what `result` raises, or None."""
+        ...
+
+
 class TrainingRun(Protocol):
     """A run over a pool, with hosts that own what is trained.
 
@@ -67,11 +86,13 @@ class TrainingRun(Protocol):
         """Forget what was added up; what follows belongs to a new attempt."""
         ...
 
-    def save(self, folder: Path, *, max_shard_size: int | str | None) -> object:
+    def save(
+        self, folder: Path, *, max_shard_size: int | str | None = None, wait: bool = True
+    ) -> Saving:
         """Write the model and all state after the last commit, so that `restore` can read it.
 
         The folder may exist, and other files in it stay. ``max_shard_size`` is that of
-        `save_pretrained`, None its default.
+        `save_pretrained`, None its default. Without ``wait`` it is written beside the next step.
         """
         ...
 

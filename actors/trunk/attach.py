@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion
+from ...cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
 from ...cluster.placement import ModelRef, ModelShape
 from ...models.training.trainable_trunk import trainable_trunk_of
 from ...models.trunk.adapters import needs_adapter
@@ -15,7 +15,9 @@ from ...models.trunk.experts_layers import (
     ExpertsLayer,
     expert_bytes,
     expert_parameters,
+    expert_tensors,
     experts_layers,
+    shared_parameters,
 )
 from ...models.trunk.in_pool import IMPLEMENTATION
 from ...models.trunk.trainable import check_trainable
@@ -25,7 +27,6 @@ from ...proto.keys import ClusterSecret
 from ...proto.wire import DTYPE_TO_WIRE
 from ..engine.trunk_config import TrunkConfig
 from ..host.weight_grants import Granted
-from ..host.weight_store import shared_parameters
 from ..runtime.cluster_secret import secret_of
 from ..runtime.ray_border import controller_of, ray_get
 from ..transport.grpc.weights import put_weights
@@ -57,7 +58,11 @@ def attach_model(
     if train:
         check_trainable(model)
     layers = experts_layers(model)
-    dtypes = {p.dtype for layer in layers for _, p in expert_parameters(layer)}
+    dtypes = {
+        one.dtype
+        for layer in layers
+        for _, one in (*expert_parameters(layer), *shared_parameters(layer))
+    }
     dtype = next(iter(dtypes))
     if len(dtypes) > 1 or dtype not in DTYPE_TO_WIRE:
         raise UnsupportedModel(f"dtype: experts of {sorted(map(str, dtypes))} cannot be served")
@@ -90,7 +95,7 @@ def attach_model(
     frozen = {
         (layer.layer, layer.pool_name(name))
         for layer in layers
-        for name, parameter in expert_parameters(layer)
+        for name, parameter in (*expert_parameters(layer), *shared_parameters(layer))
         if not parameter.requires_grad
     }
     strip_experts(model)
@@ -118,20 +123,5 @@ def _send(granted: Granted, secret: ClusterSecret, layers: Mapping[int, ExpertsL
             proof=proof,
         )
 
-    done: set[int] = set()
     for key, _ in granted.experts:
-        layer = layers[key.layer]
-        if key.layer not in done:
-            done.add(key.layer)
-            shared = {n: p.data.cpu() for n, p in shared_parameters(layer).items()}
-            if shared:
-                put(key._replace(expert=SHARED), shared)
-        put(key, expert_tensors(layer, key.expert))
-
-
-def expert_tensors(layer: ExpertsLayer, expert: int) -> dict[str, torch.Tensor]:
-    """Return one expert of a model in memory, in the form that `ExpertStore.put` accepts."""
-    return {
-        layer.pool_name(name): parameter.data[expert].cpu().contiguous()
-        for name, parameter in expert_parameters(layer)
-    }
+        put(key, expert_tensors(layers[key.layer], key.expert))

@@ -24,12 +24,11 @@ from benchmarks.hosts import NODE, host_processes, place
 from benchmarks.measure import Comparison, compare, report
 from moesaic.actors.router.router import Router
 from moesaic.actors.transport.grpc.weights import put_weights
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.placement import ModelRef
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.kernels.ffn import ExpertForm
-from moesaic.models.trunk.experts_layers import ExpertsLayer
+from moesaic.models.trunk.experts_layers import ExpertsLayer, expert_tensors
 from moesaic.proto.keys import Grant, secret_of_process
 
 HIDDEN, EXPERTS, TOP_K, HOSTS = 2048, 64, 8, 2

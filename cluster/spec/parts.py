@@ -99,8 +99,8 @@ class NetworkSpec(Part):
     calls. `never`: every call is sent. `auto`: hosts lend to trunks on the same device (the CPU, or
     the same GPU), if calls would go through shared memory; on CPUs a call is still sent in part
     where that was measured to be faster. `always`: trunks compute everything that is lent, and a
-    host that cannot lend is an error. The router service without `router.threads` and models whose
-    experts share parameters send every call."""
+    host that cannot lend is an error. The router service without `router.threads` sends every
+    call."""
 
     @model_validator(mode="after")
     def _lends_over_shared_memory(self) -> NetworkSpec:

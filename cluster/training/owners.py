@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..expert_keys import ExpertKey
+from ..expert_keys import SHARED, ExpertKey, is_shared
 
 Owners = Mapping[ExpertKey, tuple[str, ...]]
 
@@ -64,9 +64,12 @@ def deal_owners(
 ) -> dict[ExpertKey, tuple[str, ...]]:
     """Return ``copies`` owners of each key, or as many as there are hosts, the first one first.
 
-    Owners in ``before`` whose hosts stay are kept, if they are in as many domains as possible. The
-    result depends on the arguments alone.
+    Owners in ``before`` whose hosts stay are kept, if they are in as many domains as possible. What
+    the experts of a layer share is not dealt: all owners of these experts own it. The result
+    depends on the arguments alone.
     """
+    shared = [key for key in sizes_bytes if is_shared(key)]
+    sizes_bytes = {key: size for key, size in sizes_bytes.items() if not is_shared(key)}
     dealing = _Dealing(hosts, dict.fromkeys(hosts.domains, 0))
     kept = {key: dealing.kept((before or {}).get(key, ()), copies) for key in sizes_bytes}
     for key, chosen in kept.items():
@@ -81,7 +84,29 @@ def deal_owners(
                 break
             chosen.append(found)
             dealing.owned_bytes[found] += sizes_bytes[key]
-    return {key: tuple(chosen) for key, chosen in kept.items()}
+    dealt = {key: tuple(chosen) for key, chosen in kept.items()}
+    return dealt | owners_of_shared(shared, dealt, before or {})
+
+
+def owners_of_shared(
+    keys: Iterable[ExpertKey], owners: Owners, before: Owners
+) -> dict[ExpertKey, tuple[str, ...]]:
+    """Return the hosts that own some expert of a layer, for the keys of what its experts share.
+
+    Each expert's next version has a copy of it, which a host can make then without asking another
+    one. Those that owned it ``before`` come first: they have its state.
+    """
+    of_layer: dict[ExpertKey, set[str]] = {key: set() for key in keys}
+    if not of_layer:
+        return {}
+    for expert, hosts in owners.items():
+        shared = expert._replace(expert=SHARED)
+        if shared in of_layer and expert != shared:
+            of_layer[shared].update(hosts)
+    return {
+        key: tuple(dict.fromkeys([*(h for h in before.get(key, ()) if h in hosts), *sorted(hosts)]))
+        for key, hosts in of_layer.items()
+    }
 
 
 def keys_by_host(owners: Owners) -> dict[str, list[ExpertKey]]:

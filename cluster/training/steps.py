@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ...proto.errors import ClusterError, MoesaicError, NotHere, StepLost
-from ..expert_keys import TRUNK, ExpertKey
+from ..expert_keys import TRUNK, ExpertKey, is_shared
 from ..placement import HostEntry
 from ..versions import WeightVersions
 from .contributions import Attempt
@@ -51,6 +51,7 @@ from .owners import (
     first_owners,
     keys_by_host,
     ownerless,
+    owners_of_shared,
     without_hosts,
 )
 from .run_plan import PoolNow, RunPlan, check_devices
@@ -99,7 +100,8 @@ class TrainingSteps:
         self._left: dict[str, set[ExpertKey]] = {}
         # The first owners alone; `own` copies what they own to the others.
         self.owners: Owners = {}
-        self.owners = {key: hosts[:1] for key, hosts in self._dealt(pool.entries).items()}
+        firsts = {key: hosts[:1] for key, hosts in self._dealt(pool.entries).items()}
+        self.owners = firsts | owners_of_shared(filter(is_shared, firsts), firsts, {})
         if none := ownerless(self.owners):
             raise ClusterError(f"no host can own {none[0]}: no host of the pool stays")
 
@@ -187,12 +189,13 @@ class TrainingSteps:
             for key in self.plan.tensors
             if key.layer != TRUNK
         }
+        trained = {key for key in sources if self.plan.tensors[key].groups}
         reduction = _Reduction()
         given: dict[str, Collection[ExpertKey]] = {
             host: self._or_lost(answer, host, Gathered).keys for host, answer in found.items()
         }
         for source, keys in sorted((given | dict(put or {})).items()):
-            for key in sources.keys() & keys:
+            for key in trained.intersection(keys):
                 have = sources[key]
                 if have is None:
                     raise self._is_lost(f"{key} has gradients from {source}, and is to be left out")
@@ -330,7 +333,11 @@ class TrainingSteps:
             if len(took) < len(hosts) or not hosts:
                 took += [host for host in old if host not in took]
             owners[key] = tuple(took)
-            for host in old:
+        # Where experts stayed, what they share with others has to stay, too.
+        shared = {key: (*owners[key], *self.owners[key]) for key in filter(is_shared, owners)}
+        owners |= owners_of_shared(shared, owners, shared)
+        for key, took in owners.items():
+            for host in self.owners[key]:
                 if host not in took:
                     self._left.setdefault(host, set()).add(key)
         self.owners = owners

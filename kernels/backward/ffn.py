@@ -26,8 +26,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..ffn import ExpertForm, ExpertWeights, expert_ffn, expert_up, sorted_assignments
-from ..grouped.activation import Activation, value_and_gradient
+from ..ffn import (
+    SHARED_NAMES,
+    ExpertForm,
+    ExpertWeights,
+    expert_ffn,
+    expert_up,
+    sorted_assignments,
+)
+from ..grouped.activation import Activation, value_and_gradient, value_and_gradients
 from .accumulators import GradientAccumulators
 
 
@@ -50,7 +57,11 @@ class ExpertGradients(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def accumulate(self, accumulators: GradientAccumulators, key: Hashable) -> None: ...
+    def accumulate(
+        self, accumulators: GradientAccumulators, key: Hashable, shared: Hashable
+    ) -> None:
+        """Add them; those of tensors that all experts share go to the key ``shared``."""
+        ...
 
 
 class PendingGradients:
@@ -71,16 +82,18 @@ class PendingGradients:
         self,
         accumulators: GradientAccumulators,
         key_of: Callable[[int], Hashable] = lambda expert: expert,
+        shared: Hashable = None,
     ) -> None:
         """Add each used expert's gradients under ``key_of(expert)``, and free their memory.
 
+        Those of what all experts of the layer share (`SHARED_NAMES`) go to the key ``shared``.
         Raises RuntimeError the second time: what is added twice is trained twice.
         """
         if self._gradients is None:
             raise RuntimeError("the gradients of this call have been added already")
         gradients, self._gradients = self._gradients, None
         for expert in list(gradients):
-            gradients.pop(expert).accumulate(accumulators, key_of(expert))
+            gradients.pop(expert).accumulate(accumulators, key_of(expert), shared)
 
 
 class BackwardKernel(Protocol):
@@ -104,8 +117,8 @@ class BackwardKernel(Protocol):
         call, so ``grad_y_TH`` is rounded to it; float16 needs a scaled loss, as anywhere.
 
         An expert's rows are computed together and in the order of their tokens. So the bits of its
-        gradients, and of a (T, K, H) ``grad_x``, depend on its own rows alone. The gradient of a
-        parameter that ``post_norm`` may have is not computed.
+        gradients, and of a (T, K, H) ``grad_x``, depend on its own rows alone. The gradients of a
+        norm's parameters come from autograd, in the experts' type.
 
         Raises ValueError for a packed expert.
         """
@@ -125,9 +138,11 @@ class WholeGradients:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def accumulate(self, accumulators: GradientAccumulators, key: Hashable) -> None:
+    def accumulate(
+        self, accumulators: GradientAccumulators, key: Hashable, shared: Hashable
+    ) -> None:
         for name, gradient in self.tensors.items():
-            accumulators.add(key, name, gradient)
+            accumulators.add(shared if name in SHARED_NAMES else key, name, gradient)
 
 
 def reference_backward(
@@ -186,13 +201,18 @@ class ExpertRows:
     grad_down_RH: Tensor  # of the down-projection's result
     transposed: bool
     names: frozenset[str]  # of the expert's tensors; not every expert has biases
+    of_shared: Mapping[str, Tensor]  # the gradients of a norm's parameters, whole
 
     @property
     def nbytes(self) -> int:
         kept = (self.x_RH, self.grad_up_RU, self.activated_RI, self.grad_down_RH)
-        return sum(rows.nbytes for rows in kept)
+        return sum(tensor.nbytes for tensor in (*kept, *self.of_shared.values()))
 
-    def accumulate(self, accumulators: GradientAccumulators, key: Hashable) -> None:
+    def accumulate(
+        self, accumulators: GradientAccumulators, key: Hashable, shared: Hashable
+    ) -> None:
+        for name, gradient in self.of_shared.items():
+            accumulators.add(shared, name, gradient)
         for name, grad, given in (
             ("up", self.grad_up_RU, self.x_RH),
             ("down", self.grad_down_RH, self.activated_RI),
@@ -250,7 +270,7 @@ def expert_backward(
     # Both as in layers whose weights are not transposed; a product reads either layout.
     up_UH, down_HI = (m.t() if form.forward.transposed else m for m in (expert.up, expert.down))
     weights_R1 = weights_R.unsqueeze(-1)
-    post_norm = form.forward.post_norm
+    post_norm, of_shared = form.forward.post_norm, dict[str, Tensor]()
     if post_norm is None:
         # The weight's gradient is <grad_y, down @ activated + bias>, which is <grad_activated,
         # activated> + <grad_y, bias>: that needs no product with the down-projection.
@@ -263,7 +283,13 @@ def expert_backward(
         grad_down_RH = (grad_y_RH * weights_R1).to(dtype)
     else:
         y_RH = linear(form.forward.activate(up_RU), down_HI, expert.down_bias)
-        y_RH, grad_down_RH = value_and_gradient(post_norm, y_RH, (grad_y_RH * weights_R1).to(dtype))
+        shared = expert.shared()
+        y_RH, (grad_down_RH, *found) = value_and_gradients(
+            lambda y_RH, *tensors: post_norm(y_RH, dict(zip(shared, tensors, strict=True))),
+            [y_RH, *shared.values()],
+            (grad_y_RH * weights_R1).to(dtype),
+        )
+        of_shared = dict(zip(shared, found, strict=True))
         of_weights_R = (grad_y_RH * y_RH).sum(dim=1)
         activated_RI, grad_up_RU, _ = _through_activation(
             form, up_RU, (grad_down_RH @ down_HI).to(wide)
@@ -276,6 +302,7 @@ def expert_backward(
         grad_down_RH,
         form.forward.transposed,
         frozenset(expert.tensors()),
+        of_shared,
     )
     return of_weights_R, grad_up_RU @ up_UH, kept
 

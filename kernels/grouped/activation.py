@@ -10,7 +10,7 @@ Shape suffixes: R = rows, I = intermediate size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,12 +148,19 @@ def value_and_gradient(
     It works inside of `torch.inference_mode`, too, where autograd by itself records nothing; what
     it returns are ordinary tensors.
     """
+    value, (gradient,) = value_and_gradients(function, [x], grad)
+    return value, gradient
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], given: Sequence[Tensor], grad: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return function(*given), and the gradient of each tensor, as `value_and_gradient` does."""
     with torch.inference_mode(False), torch.enable_grad():
         # A view of a tensor that was made in inference mode would be one itself.
-        leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        value = function(leaf)
-        (gradient,) = torch.autograd.grad(value, leaf, grad)
-        return value.detach(), gradient
+        leaves = [(x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in given]
+        value = function(*leaves)
+        return value.detach(), torch.autograd.grad(value, leaves, grad)
 
 
 def _gated(activate: Callable[[Tensor], Tensor]) -> list[Activation]:

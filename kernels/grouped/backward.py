@@ -168,7 +168,8 @@ def grouped_backward(
     The first three tensors are those of the forward call (`grouped_ffn`), and ``grad_y_TH`` is the
     gradient of its sums; all gradients are float32. ``grad_x`` is (T, H), the sum over a token's
     assignments, or (T, K, H), a row for each. An expert without a slot sets ``flags.missing`` and
-    is left out; a gradient of x that is not finite sets ``flags.infinite``.
+    is left out; a gradient of x that is not finite sets ``flags.infinite``. Parameters of a norm
+    behind the experts get no gradient here.
 
     Raises ValueError for float64 experts.
     """
@@ -178,14 +179,14 @@ def grouped_backward(
         return PendingSlotGradients()
     config = configuration or backward_configuration_for(slots.up_SUH.element_size())
     call = _BackwardCall(slots, x_TH, ids_TK.contiguous(), weights_TK.contiguous(), flags, config)
-    post_norm = slots.form.post_norm
-    if post_norm is None:
+    norm = slots.norm()
+    if norm is None:
         grad, grad_rows, weights = grad_y_TH, call.top_k, call.weights_TK
     else:
         # After the norm each assignment has its own row, which is multiplied by its weight already.
-        grad, grad_rows, weights = call.before_norm(post_norm, grad_y_TH, grad_weights_TK), 1, None
+        grad, grad_rows, weights = call.before_norm(norm, grad_y_TH, grad_weights_TK), 1, None
     act_NI, grad_up_NU, dots_NB = call.hidden(grad, grad_rows, weights)
-    if post_norm is None:
+    if norm is None:
         call.gate_weights(dots_NB, grad_y_TH, grad_weights_TK)
     call.grad_x(grad_up_NU, grad_x)
     tiles = call.tiles
@@ -217,7 +218,7 @@ class _BackwardCall:
 
     def before_norm(
         self,
-        post_norm: Callable[[Tensor], Tensor],
+        norm: Callable[[Tensor], Tensor],
         grad_y_TH: Tensor,
         grad_weights_TK: Tensor,
     ) -> Tensor:
@@ -225,9 +226,7 @@ class _BackwardCall:
         y_NH = self._forward.down(self._forward.up(self._x_TH))
         weighted_TKH = grad_y_TH[:, None] * self.weights_TK[..., None]
         # Rows of unused assignments are uninitialised; no kernel reads their gradients.
-        y_NH, grad_NH = value_and_gradient(
-            post_norm, y_NH, weighted_TKH.view(y_NH.shape).to(y_NH.dtype)
-        )
+        y_NH, grad_NH = value_and_gradient(norm, y_NH, weighted_TKH.view(y_NH.shape).to(y_NH.dtype))
         y_TKH = y_NH.view(self.tokens, self.top_k, -1)
         torch.sum(y_TKH * grad_y_TH[:, None], dim=2, out=grad_weights_TK)
         grad_weights_TK.masked_fill_(unused(self._slots, self.tiles.ids_TK), 0.0)

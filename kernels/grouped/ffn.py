@@ -124,8 +124,8 @@ class TiledCall:
         Rows of unused assignments are left as the memory was.
         """
         y_NH = self.down(self.up(x_TH))
-        post_norm = self._slots.form.post_norm
-        return y_NH if post_norm is None else post_norm(y_NH)
+        norm = self._slots.norm()
+        return y_NH if norm is None else norm(y_NH)
 
     def up(self, x_TH: Tensor) -> Tensor:
         """Return the activated rows, (N, I), sorted by expert."""

@@ -7,7 +7,7 @@ up-projection (2I if gated, otherwise I), S = slots, L = layers, E = experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ class SlotForm:
     """What the experts of a layer have in common, apart from their weights.
 
     ``activate`` is for a function that `Activation` does not know; it maps (N, U) to (N, I).
-    ``post_norm`` maps (N, H) to (N, H).
+    ``post_norm`` maps (N, H), with the tensors that the layer's experts share, to (N, H).
     """
 
     activation: Activation | None
     activate: Callable[[Tensor], Tensor] | None = None
-    post_norm: Callable[[Tensor], Tensor] | None = None
+    post_norm: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
 
     @property
     def in_slots(self) -> Callable[[Tensor], Tensor]:
@@ -49,6 +49,8 @@ class LayerSlots:
     down_bias_SH: Tensor | None
     table_LE: Tensor  # int32: the slot of an expert, or -1
     layer: Tensor  # int32, a single number: the row of the table
+    # What all experts of a layer share, by name: (S, ...).
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("up_SUH", "down_SHI"):
@@ -59,6 +61,20 @@ class LayerSlots:
                 )
         if self.table_LE.dtype != torch.int32 or not self.table_LE.is_contiguous():
             raise ValueError("table_LE must be contiguous and int32")
+
+    def norm(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the layer's norm, (N, H) to (N, H), if its experts have one behind them."""
+        post_norm = self.form.post_norm
+        if post_norm is None:
+            return None
+        # All experts of the layer have the same tensors, so those of any slot do. Nothing waits for
+        # the device to find one.
+        row = self.layer.long().view(1)
+        slot = self.table_LE.index_select(0, row).amax().clamp(min=0).long().view(1)
+        # Autograd takes no tensor that was made in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = {n: all_S.index_select(0, slot)[0] for n, all_S in self.shared.items()}
+        return lambda y_NH: post_norm(y_NH, tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ffn import ExpertForm
+from ..ffn import SHARED_NAMES, ExpertForm
 from ..grouped.activation import Activation
 from ..grouped.slots import LayerSlots, SlotForm, from_slot, to_slot
 from . import memfd
@@ -399,4 +399,5 @@ def layer_slots(
 ) -> LayerSlots:
     """Return what the kernel takes, of all places of each tensor by its name."""
     biases = parts.get("up_bias"), parts.get("down_bias")
-    return LayerSlots(form, parts["up"], parts["down"], *biases, table_LE, layer)
+    shared = {name: parts[name] for name in SHARED_NAMES if name in parts}
+    return LayerSlots(form, parts["up"], parts["down"], *biases, table_LE, layer, shared)

@@ -160,10 +160,13 @@ class DeviceLayer:
             if expert >= 0 and table[expert] >= 0:
                 at = table[expert]
                 up_bias, down_bias = slots.up_bias_SU, slots.down_bias_SH
+                shared = {name: all_S[at] for name, all_S in slots.shared.items()}
                 experts[expert] = ExpertWeights(
                     up=slots.up_SUH[at],
                     down=slots.down_SHI[at],
                     up_bias=None if up_bias is None else up_bias[at],
                     down_bias=None if down_bias is None else down_bias[at],
+                    norm=shared.get("norm"),
+                    norm_bias=shared.get("norm_bias"),
                 )
         return form, experts

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ...proto.errors import CheckpointError, describe_error
 from ..folder.files import INDEX_FILE
 from ..folder.tokenizer import tokenizer_files
-from ..trunk.experts_layers import expert_parameters
+from ..trunk.experts_layers import expert_parameters, shared_parameters
 from ..trunk.fitting import first_few
 from .draft import new_folder
 from .plan import ExportPlan, trunk_tensors
@@ -102,6 +102,11 @@ def write_model(
             write({name: own[name].cpu() for name in names})
         for layer in plan.layers:
             write(_layer(plan, layer, experts(layer)))
+        for name, stored in plan.unread.items():
+            like = plan.files[files[name].file.name][name]
+            # transformers loads no folder without them, whatever they are.
+            tensor = torch.zeros(like.shape) if stored is None else stored.read(None)
+            files[name].write(name, tensor.to(like.dtype))
     if len(plan.files) > 1:
         index = {
             "metadata": plan.metadata,
@@ -120,6 +125,11 @@ def _layer(
         layer.pool_name(name): torch.empty(parameter.shape, dtype=plan.dtype)
         for name, parameter in expert_parameters(layer)
     }
+    # Each expert has a copy of them, all alike.
+    shared = {
+        layer.pool_name(name): torch.empty(parameter.shape, dtype=plan.dtype)
+        for name, parameter in shared_parameters(layer)
+    }
     lacking = set(range(layer.num_experts))
     for expert, tensors in experts:
         if expert not in lacking:
@@ -129,7 +139,7 @@ def _layer(
                 else f"expert {expert} of layer {number}: the layer has {layer.num_experts} experts"
             )
         lacking.remove(expert)
-        wanted = {name: all_E[expert] for name, all_E in stacked.items()}
+        wanted = {name: all_E[expert] for name, all_E in stacked.items()} | shared
         _check_expert(f"expert {expert} of layer {number}", wanted, tensors)
         for name, tensor in tensors.items():
             wanted[name].copy_(tensor)
@@ -138,8 +148,8 @@ def _layer(
             f"expert {min(lacking)} of layer {number} is missing, so the model would not be whole"
         )
     return {
-        f"{layer.name}.{name}": stacked[layer.pool_name(name)]
-        for name, _ in expert_parameters(layer)
+        f"{layer.name}.{name}": (stacked | shared)[layer.pool_name(name)]
+        for name, _ in (*expert_parameters(layer), *shared_parameters(layer))
     }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,16 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ...proto.errors import UnsupportedModel, describe_error
 from ..folder.files import SINGLE_FILE
+from ..folder.quantised import StoredTensor
 from ..trunk.adapters import conversions
-from ..trunk.experts_layers import ExpertsLayer, expert_parameters, experts_layers
-from ..trunk.fitting import first_few
+from ..trunk.config import read_config
+from ..trunk.experts_layers import (
+    ExpertsLayer,
+    expert_parameters,
+    experts_layers,
+    shared_parameters,
+)
+from ..trunk.fitting import first_few, fit
 from ..trunk.trunk import meta_model
 
 MAX_SHARD_BYTES = 50 * 10**9  # as in transformers
@@ -47,6 +55,9 @@ class ExportPlan:
     metadata: dict[str, int]  # of the index
     config: PretrainedConfig
     generation: GenerationConfig | None
+    # Tensors of ``files`` that neither trunk nor pool has, because nothing reads them, and where
+    # they are; None: nowhere.
+    unread: dict[str, StoredTensor | None]
 
     def on_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors of the model, a layer's experts or one of the trunk's groups, as on disk.
@@ -93,7 +104,7 @@ def plan_export(
     experts = {
         f"{layer.name}.{parameter}": layer.name
         for layer in layers.values()
-        for parameter, _ in expert_parameters(layer)
+        for parameter, _ in (*expert_parameters(layer), *shared_parameters(layer))
     }
     parameters = model.state_dict()
     _check_names(name, parameters.keys() - experts.keys(), trunk.state_dict().keys())
@@ -116,7 +127,7 @@ def plan_export(
         group = experts.get(target) or (f"{numbered[1]}." if numbered else "")
         groups.setdefault(group, {})[target] = tensor
     stored = _reverted(plain, like(plain.state_dict()))
-    _check_parts(name, model, groups.values(), stored)
+    unread = _unread(trunk, model, layers.values(), groups.values(), stored)
     split = split_state_dict_into_shards_factory(
         stored,
         get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
@@ -141,6 +152,7 @@ def plan_export(
         metadata={"total_parameters": plain.num_parameters(), **split.metadata},
         config=config,
         generation=generation,
+        unread=unread,
     )
 
 
@@ -166,8 +178,8 @@ def _check_names(name: str, wanted: AbstractSet[str], found: AbstractSet[str]) -
     """Check that the trunk has exactly what the whole model has besides its experts' weights."""
     if lacking := sorted(wanted - found):
         raise UnsupportedModel(
-            f"{name}: neither trunk nor experts have {first_few(lacking)}; weights that all "
-            "experts of a layer share are not exported"
+            f"{name}: neither trunk nor experts have {first_few(lacking)}, which config.json makes "
+            "a part of the model"
         )
     if surplus := sorted(found - wanted):
         raise UnsupportedModel(
@@ -176,24 +188,40 @@ def _check_names(name: str, wanted: AbstractSet[str], found: AbstractSet[str]) -
         )
 
 
-def _check_parts(
-    name: str,
+def _unread(
+    trunk: PreTrainedModel,
     model: PreTrainedModel,
+    layers: Iterable[ExpertsLayer],
     groups: Iterable[Mapping[str, Tensor]],
     stored: Mapping[str, Tensor],
-) -> None:
-    """Check that the tensors, converted in small groups, are those of transformers' own model."""
+) -> dict[str, StoredTensor | None]:
+    """Check that the tensors, converted in small groups, are those of transformers' own model.
+
+    Returns the names of those that only transformers' model has, where it does not read them, and
+    where the folder of the trunk has them. Raises UnsupportedModel for other differences.
+    """
     found = {
         (key, tensor.dtype, tensor.shape)
         for group in groups
         for key, tensor in _reverted(model, group).items()
     }
     wanted = {(key, tensor.dtype, tensor.shape) for key, tensor in stored.items()}
-    if differ := sorted({key for key, *_ in found ^ wanted}):
+    own = {key for key, *_ in found}
+    roots = tuple(
+        f"{one.name}." for one in layers if getattr(one.module, "has_unread_weights", False)
+    )
+    unread = {key for key in stored.keys() - own if key.startswith(roots)}
+    if differ := sorted({key for key, *_ in found ^ wanted} - unread):
         raise UnsupportedModel(
-            f"{name}: {first_few(differ)}: transformers' own model has other tensors here than its "
-            "trunk and the pool have together, so it could not load the folder"
+            f"{type(trunk).__name__}: {first_few(differ)}: transformers' own model has other "
+            "tensors here than its trunk and the pool have together, so it could not load the "
+            "folder"
         )
+    folder = Path(trunk.name_or_path) if trunk.name_or_path else None
+    if not unread or folder is None or not folder.is_dir():
+        return dict.fromkeys(sorted(unread))
+    kept = fit(folder, read_config(folder), model).tensors
+    return {key: kept.get(key) for key in sorted(unread)}
 
 
 def _check_generation(name: str, generation: GenerationConfig) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...proto.errors import BadInput, InternalError
-from ..trunk.experts_layers import ExpertsLayer, expert_parameters
+from ..trunk.experts_layers import ExpertsLayer, expert_parameters, shared_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +104,11 @@ class StandIns:
 
 def _names_in_pool(layer: ExpertsLayer) -> dict[str, tuple[str, int]]:
     """Return (name in the pool, dimensions) of each parameter of an experts module."""
-    own = {name: layer.pool_name(name) for name, _ in expert_parameters(layer)}
     found = {
-        name: (own.get(name, name), one.dim()) for name, one in layer.module.named_parameters()
+        name: (layer.pool_name(name), one.dim())
+        for name, one in (*expert_parameters(layer), *shared_parameters(layer))
     }
-    if not own:
+    if not found:
         raise InternalError(f"{layer.name}: its parameters are stripped; give the meta model's")
     return found
 

@@ -44,6 +44,8 @@ class PoolExperts(nn.Module):
     _is_expert_parallel = False
     has_bias = False
     has_post_expert_norm = False
+    # Whether transformers' module has weights, too, that nothing reads. They are not in the pool.
+    has_unread_weights = False
 
     def __init__(
         self,
@@ -172,9 +174,10 @@ class LongcatFlashExperts(PoolExperts):
     Their ids begin at the number of routed experts. They stay in the trunk.
     """
 
+    has_unread_weights = True  # up-projections of the zero-compute experts
+
     def __init__(self, experts: Any) -> None:
         routed = experts.num_routed_experts
-        # transformers also has rows for the zero-compute experts, which nothing reads.
         super().__init__(
             (routed, *experts.gate_up_proj.shape[1:]), experts.down_proj.shape, experts.act_fn
         )

@@ -19,7 +19,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...proto.errors import CheckpointError
 from .expert_tensors import PLAIN_DTYPES, ExpertTensors
-from .experts_layers import ExpertsLayer, expert_parameters, experts_layers
+from .experts_layers import (
+    ExpertsLayer,
+    expert_parameters,
+    experts_layers,
+    shared_parameters,
+)
 from .fitting import fit
 from .trunk import meta_model
 
@@ -52,19 +57,7 @@ class Checkpoint:
         self.tensors = ExpertTensors(self.model, self.layers, fitting.sources, dtype, str(path))
 
     def form(self, layer: int) -> ExpertForm:
-        """Return the layer's form, after reading the tensors that all its experts share."""
-        experts = self.layers[layer]
-        own = {name for name, _ in expert_parameters(experts)}
-        for name, parameter in list(experts.module.named_parameters()):
-            if name in own or parameter.device.type != "meta":
-                continue
-            owner, _, leaf = name.rpartition(".")
-            target = f"{experts.name}.{name}"
-            tensor = self.tensors.read_parameter(target, None, self._tensor).to(self.dtype)
-            experts.module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(
-                tensor, requires_grad=False
-            )
-        return experts.form()
+        return self.layers[layer].form()
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
         """Read one expert into its own memory, (2I or I, H) and (H, I) or as the form says.
@@ -78,7 +71,7 @@ class Checkpoint:
         """Return the files that have tensors of one expert."""
         found: set[Path] = set()
         experts = self.layers[layer]
-        for name, _ in expert_parameters(experts):
+        for name, _ in (*expert_parameters(experts), *shared_parameters(experts)):
             source = self.tensors.sources[f"{experts.name}.{name}"]
             found |= {
                 self._stored[key].file

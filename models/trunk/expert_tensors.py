@@ -1,7 +1,8 @@
 """One expert's tensors: as its checkpoint has them, and as the pool has them.
 
-The pool has the same four names for the experts of all models: up, down, up_bias and down_bias. A
-checkpoint has names of its own, and tensors that are transposed, split or fused otherwise;
+The pool has the same names for the experts of all models: up, down, up_bias and down_bias, and
+norm and norm_bias for the norm that all experts of a layer may share, of which each expert has a
+copy. A checkpoint has names of its own, and tensors that are transposed, split or fused otherwise;
 transformers' operations lead from there to a model in memory, and back.
 
 A checkpoint with one tensor for all experts of a layer has no name for one expert's part. Here the
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
 from ...proto.errors import CheckpointError, UnsupportedModel
-from .experts_layers import ExpertsLayer, expert_parameters
+from .experts_layers import ExpertsLayer, expert_parameters, expert_shapes, shared_parameters
 from .fitting import Source, convert, first_few
 
 # Any other dtype is quantised, and means something only together with its scales.
@@ -53,7 +54,7 @@ class ExpertTensors:
         names = [
             f"{layer.name}.{name}"
             for layer in layers.values()
-            for name, _ in expert_parameters(layer)
+            for name, _ in (*expert_parameters(layer), *shared_parameters(layer))
         ]
         sources = {name: Source(keys={("", None): name}) for name in names}
         return cls(model, layers, sources, dtype, "the tensors")
@@ -67,16 +68,18 @@ class ExpertTensors:
         """
         experts = self.layers[layer]
         tensors: dict[str, Tensor] = {}
-        for name, parameter in expert_parameters(experts):
-            target = f"{experts.name}.{name}"
-            tensor = self.read_parameter(target, expert, fetch)
-            if tensor.shape != parameter.shape[1:]:
+        shapes = expert_shapes(experts)
+        shared = [name for name, _ in shared_parameters(experts)]
+        for name in (*(name for name, _ in expert_parameters(experts)), *shared):
+            target, in_pool = f"{experts.name}.{name}", experts.pool_name(name)
+            tensor = self.read_parameter(target, None if name in shared else expert, fetch)
+            if tuple(tensor.shape) != shapes[in_pool]:
                 raise CheckpointError(
                     f"{self.where}: expert {expert} of {target} has shape {tuple(tensor.shape)}, "
-                    f"the configuration gives {tuple(parameter.shape[1:])}; config.json or the "
+                    f"the configuration gives {shapes[in_pool]}; config.json or the "
                     "tensors belong to another model"
                 )
-            tensors[experts.pool_name(name)] = tensor.to(self.dtype, copy=True).contiguous()
+            tensors[in_pool] = tensor.to(self.dtype, copy=True).contiguous()
         return tensors
 
     def read_parameter(self, target: str, expert: int | None, fetch: Fetch) -> Tensor:
@@ -111,7 +114,8 @@ class ExpertTensors:
         """Return {(layer, expert): its tensors in the pool} of tensors with names on disk.
 
         ``tensors`` must have all tensors of each expert, and may have whole tensors of all experts
-        of a layer. Raises CheckpointError.
+        of a layer. What the experts of a layer share comes with all of them. Raises
+        CheckpointError.
         """
         for name, tensor in tensors.items():
             if tensor.dtype not in PLAIN_DTYPES:
@@ -119,6 +123,12 @@ class ExpertTensors:
                     f"{self.where}: {name} is {tensor.dtype}; weights are given as plain floats, "
                     "also those of a quantised model"
                 )
+
+        wanted = {place for name in tensors for place in self._experts_of(name, tensors)}
+        return {place: self.read(*place, self._given(tensors)) for place in sorted(wanted)}
+
+    def _given(self, tensors: Mapping[str, Tensor]) -> Fetch:
+        """Return how experts are read from tensors with names on disk."""
 
         def fetch(name: str, expert: int | None, rows: int) -> Tensor:
             part = name if expert is None else f"{name}[{expert}]"
@@ -136,8 +146,7 @@ class ExpertTensors:
             whole = self._rows(name, tensors[name], self.layers[layer].num_experts * rows)
             return whole[expert * rows : (expert + 1) * rows]
 
-        wanted = {place for name in tensors for place in self._experts_of(name, tensors)}
-        return {place: self.read(*place, fetch) for place in sorted(wanted)}
+        return fetch
 
     def _rows(self, name: str, tensor: Tensor, wanted: int) -> Tensor:
         if tensor.dim() and len(tensor) == wanted:
@@ -174,7 +183,7 @@ class ExpertTensors:
         return {
             key: (layer.layer, expert if source.per_expert else None)
             for layer in self.layers.values()
-            for name, _ in expert_parameters(layer)
+            for name, _ in (*expert_parameters(layer), *shared_parameters(layer))
             for source in [self.sources[f"{layer.name}.{name}"]]
             for (_, expert), key in source.keys.items()
         }
@@ -188,8 +197,8 @@ class ExpertTensors:
     def on_disk(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return one expert of the pool with the names and shapes of its checkpoint.
 
-        `named` of the result is ``tensors`` again, to the bit. Raises UnsupportedModel for a model
-        whose tensors cannot be converted back.
+        What is read of the result is ``tensors`` again, to the bit. Raises UnsupportedModel for a
+        model whose tensors cannot be converted back.
         """
         experts = self.layers[layer]
         found: dict[str, Tensor] = {}
@@ -207,7 +216,15 @@ class ExpertTensors:
                 else:
                     key = f"{source.keys[pattern, None]}[{expert}]"
                     found[key] = (part if source.rows > 1 else part[0]).contiguous()
-        again = self.named(found)[layer, expert]
+        for name, _ in shared_parameters(experts):
+            target = f"{experts.name}.{name}"
+            source, tensor = self.sources[target], tensors[experts.pool_name(name)]
+            if source.converter is None:
+                parts = dict.fromkeys(source.patterns, tensor)
+            else:
+                parts = self._reversed(source.converter, tensor, target)
+            found |= {source.keys[pattern, None]: parts[pattern] for pattern in source.patterns}
+        again = self.read(layer, expert, self._given(found))
         if any(not _same_bits(again[name], tensor) for name, tensor in tensors.items()):
             raise self._not_reversed(f"{experts.name}", "the result is not the same")
         return found

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from ...kernels.ffn import ExpertForm
+from ...kernels.ffn import ExpertForm, PostNorm
 from ...proto.errors import UnsupportedModel
 from .adapters import adapters_of
 from .config import short
@@ -38,6 +40,9 @@ _POOL_NAMES = {
     "down_proj": "down",
     "up_proj_bias": "up_bias",
     "down_proj_bias": "down_bias",
+    # Of the norm behind the experts, which all experts of a layer share (`SHARED_NAMES`).
+    "post_expert_norm.weight": "norm",
+    "post_expert_norm.bias": "norm_bias",
 }
 
 
@@ -56,7 +61,7 @@ class ExpertsLayer:
         return "gate_up_proj" if self.module.has_gate else "up_proj"
 
     def pool_name(self, parameter: str) -> str:
-        """Return how the pool calls an expert's part of a parameter."""
+        """Return how the pool calls an expert's part of a parameter, or one that experts share."""
         return _POOL_NAMES[parameter.removeprefix("gate_")]
 
     @property
@@ -69,22 +74,27 @@ class ExpertsLayer:
         return ExpertForm(
             transposed=module.is_transposed,
             activate=module._apply_gate if module.has_gate else module.act_fn,
-            post_norm=module.post_expert_norm if self.has_post_norm else None,
+            post_norm=_norm_of(module.post_expert_norm) if self.has_post_norm else None,
         )
+
+
+def _norm_of(module: nn.Module) -> PostNorm:
+    """Return a norm as a function of its parameters, which come with each expert."""
+    names = {"norm": "weight", "norm_bias": "bias"}
+
+    def post_norm(y_RH: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        parameters = {names[name]: tensor for name, tensor in shared.items()}
+        return functional_call(module, parameters, (y_RH,))
+
+    return post_norm
 
 
 def forms_anywhere(layers: Iterable[ExpertsLayer]) -> dict[int, ExpertForm]:
     """Return the arithmetic of the layers that a process without their weights can compute.
 
-    What experts have in common must be their function alone: parameters of a norm are with hosts.
+    What experts have in common must be a function of tensors that come with each expert.
     """
-    found = {}
-    for layer in layers:
-        own = {name for name, _ in expert_parameters(layer)}
-        others = {name for name, _ in layer.module.named_parameters()} - own
-        if not others and not list(layer.module.buffers()):
-            found[layer.layer] = layer.form()
-    return found
+    return {layer.layer: layer.form() for layer in layers if not list(layer.module.buffers())}
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -153,6 +163,13 @@ def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
     ]
     if not all(layer.num_experts for layer in layers):
         raise UnsupportedModel(f"{type(model).__name__}: {_why_no_experts(model)}")
+    for layer in layers:
+        for name, _ in shared_parameters(layer):
+            if name not in _POOL_NAMES:
+                raise UnsupportedModel(
+                    f"{type(model).__name__}: {layer.name}.{name}: a norm behind the experts is "
+                    "all that the experts of a layer can share in a pool"
+                )
     return layers
 
 
@@ -164,11 +181,33 @@ def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]
             yield name, parameter
 
 
+def shared_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that all experts of a layer share: those of a norm behind them.
+
+    In the pool each expert has a copy.
+    """
+    own = {name for name, _ in expert_parameters(layer)}
+    return ((name, one) for name, one in layer.module.named_parameters() if name not in own)
+
+
+def expert_tensors(layer: ExpertsLayer, expert: int) -> dict[str, Tensor]:
+    """Return one expert of a model in memory as the pool has it, on the CPU."""
+    own = {name: one.data[expert] for name, one in expert_parameters(layer)}
+    own |= {name: one.data for name, one in shared_parameters(layer)}
+    return {layer.pool_name(name): tensor.cpu().contiguous() for name, tensor in own.items()}
+
+
 def expert_shapes(layer: ExpertsLayer) -> dict[str, tuple[int, ...]]:
     """Return the shapes of one expert's tensors, by their names in the pool."""
-    return {layer.pool_name(n): tuple(p.shape[1:]) for n, p in expert_parameters(layer)}
+    own = {layer.pool_name(n): tuple(p.shape[1:]) for n, p in expert_parameters(layer)}
+    return own | shared_shapes(layer)
+
+
+def shared_shapes(layer: ExpertsLayer) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what all experts of a layer share, by the names in the pool."""
+    return {layer.pool_name(n): tuple(p.shape) for n, p in shared_parameters(layer)}
 
 
 def expert_bytes(layer: ExpertsLayer, dtype: torch.dtype) -> int:
     """Return the bytes of one expert of a layer."""
-    return sum(p[0].numel() for _, p in expert_parameters(layer)) * dtype.itemsize
+    return sum(math.prod(shape) for shape in expert_shapes(layer).values()) * dtype.itemsize

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from ...proto.errors import UnsupportedModel
-from .experts_layers import is_experts_module
 from .fitting import first_few
 
 
@@ -17,7 +16,6 @@ def check_trainable(model: nn.Module) -> None:
     - Quantised weights have no gradients. A folder that `load_trunk` has dequantised is fine.
     - Adapters of PEFT train small matrices beside linear layers of this process. Experts are in the
       pool and would get none, and train all of their weights instead.
-    - Experts may share a norm behind them, whose own gradient no host computes.
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(model, "hf_quantizer", None) or getattr(config, "quantization_config", None):
@@ -25,18 +23,10 @@ def check_trainable(model: nn.Module) -> None:
             f"{name}: its weights are quantised, and have no gradients; load it dequantised, in "
             "bfloat16 or float32"
         )
-    modules = dict(model.named_modules())
-    if adapted := [path for path, module in modules.items() if _is_adapter(module)]:
+    if adapted := [path for path, module in model.named_modules() if _is_adapter(module)]:
         raise UnsupportedModel(
             f"{name}: adapters of PEFT on {first_few(adapted)} reach no expert: experts are in the "
             "pool and would train all of their weights; train the model without adapters"
-        )
-    experts = {path: module for path, module in modules.items() if is_experts_module(module)}
-    normed = [p for p, m in experts.items() if getattr(m, "has_post_expert_norm", False)]
-    if normed:
-        raise UnsupportedModel(
-            f"{name}: {first_few(normed)} has a norm behind its experts, whose gradient the pool "
-            "does not compute; models without one can be trained"
         )
 
 

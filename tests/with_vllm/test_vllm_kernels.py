@@ -150,7 +150,7 @@ def in_slabs(
 def test_experts_that_lie_together_are_computed_in_one_call(
     slabs: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    form = ExpertForm(transposed=False, activate=ACTIVATIONS["silu"], post_norm=lambda y: 2 * y)
+    form = ExpertForm(transposed=False, activate=ACTIVATIONS["silu"])
     plain = experts(dtype)
     calls = []
     real = fused.LayerBank.ffn

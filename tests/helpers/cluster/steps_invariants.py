@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moesaic.cluster.expert_keys import FIRST_VERSION
+from moesaic.cluster.expert_keys import FIRST_VERSION, SHARED, is_shared
 from tests.helpers.cluster.training_hosts import Violation
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ def check_owners(world: TrainingWorld) -> None:
     steps = world.steps
     masters = world.reference[steps.step]
     for key, owners in steps.owners.items():
+        shared = key._replace(expert=SHARED)
+        if shared in steps.owners and not set(owners) <= set(steps.owners[shared]):
+            raise Violation("owners of experts own what these share", f"{key}: {owners}")
         if not owners:
             raise Violation("keys have owners", f"{key} has none")
         if len(set(owners)) < len(owners):
@@ -55,7 +58,11 @@ def check_settled(world: TrainingWorld) -> None:
     copies = min(1 + world.steps.plan.redundancy, max(len(staying), 1))
     domains = {world.places[name].domain for name in staying}
     for key, hosts in owners.items():
-        if len(hosts) != copies:
+        if is_shared(key):
+            of_experts = [own for one, own in owners.items() if one.layer == key.layer]
+            if set(hosts) != {host for own in of_experts for host in own}:
+                raise Violation("owners of experts own what these share", f"{key}: {hosts}")
+        elif len(hosts) != copies:
             raise Violation("keys have all their owners", f"{key}: {hosts}, not {copies}")
         if staying and not staying.issuperset(hosts):
             raise Violation("hosts that are drained own nothing", f"{key}: {hosts}")

@@ -12,7 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
-from moesaic.cluster.expert_keys import FIRST_VERSION, TRUNK, ExpertKey, LayerKey, trunk_block
+from moesaic.cluster.expert_keys import (
+    FIRST_VERSION,
+    SHARED,
+    TRUNK,
+    ExpertKey,
+    LayerKey,
+    is_shared,
+    trunk_block,
+)
 from moesaic.cluster.training.contributions import Part
 from moesaic.cluster.training.orders import (
     Answer,
@@ -78,8 +86,11 @@ class TrainingWorld:
             ExpertKey(MODEL, layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)
         ]
         self.blocks = [trunk_block(MODEL, block) for block in range(BLOCKS)]
+        # The experts of the first layer share something.
+        self.shared = ExpertKey(MODEL, 0, SHARED)
+        trained = (*self.keys, self.shared, *self.blocks)
         # What an undisturbed run has: after no step, after one, and so on.
-        self.reference = [{key: Owned(first_weights(key)) for key in (*self.keys, *self.blocks)}]
+        self.reference = [{key: Owned(first_weights(key)) for key in trained}]
         for _ in range(hosts):
             self.hosts.join()
         for number, key in enumerate(self.keys):
@@ -91,8 +102,10 @@ class TrainingWorld:
             optimizer="SGD",
             settings={},
             tensors={
-                key: Trained(groups={"w": 0}, nbytes=self.random.randint(1, 9))
-                for key in (*self.keys, *self.blocks)
+                key: Trained(
+                    groups={"w": 0}, nbytes=1 if is_shared(key) else self.random.randint(1, 9)
+                )
+                for key in trained
             },
             redundancy=redundancy,
         )
@@ -323,6 +336,8 @@ class TrainingWorld:
             for layer in set(range(LAYERS)) - without:
                 given = {key: of_step.randrange(1, 1000) for key in self._used(of_step, layer)}
                 sums.update(given)
+                if layer == self.shared.layer:
+                    sums[self.shared] += sum(given.values())
                 self._backward(LayerKey(MODEL, layer), microbatch, given)
                 self._meanwhile()
             if self.faults is not None and self.random.random() < 0.05:
@@ -360,7 +375,10 @@ class TrainingWorld:
             errors: list[MoesaicError] = []
             while len(errors) < 3:
                 try:
-                    self._part(name, Part(layer, 0, microbatch, number), {key: gradient})
+                    found = {key: gradient}
+                    if layer.layer == self.shared.layer:
+                        found[self.shared] = gradient
+                    self._part(name, Part(layer, 0, microbatch, number), found)
                     break
                 except MoesaicError as error:
                     errors.append(error)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from moesaic.cluster.expert_keys import TRUNK, ExpertKey
+from moesaic.cluster.expert_keys import TRUNK, ExpertKey, is_shared
 from moesaic.cluster.placement import HostEntry
 from moesaic.cluster.training.contributions import Attempt, Contributions, Part
 from moesaic.cluster.training.orders import (
@@ -46,7 +46,7 @@ class Owned(NamedTuple):
 
 
 def first_weights(key: ExpertKey) -> int:
-    return 1000 + 100 * (key.layer % 97) + key.expert
+    return 1000 + 100 * (key.layer % 97) + key.expert % 89
 
 
 @dataclass
@@ -73,7 +73,7 @@ class TrainingHost:
         if self._closed:
             raise NotHere(f"{attempt} is closed")
         self._contributions.check(attempt)
-        if any((key, version) not in self.weights for key in given):
+        if any((key, version) not in self.weights for key in given if not is_shared(key)):
             raise NotHere(f"version {version} of an expert is not here")
         if self._contributions.admit(attempt, part):
             for key, gradient in given.items():
@@ -174,8 +174,17 @@ class TrainingHost:
                 self.owned[key] = Owned(self._given.pop(key))
             elif new.source is not None:
                 self.owned[key] = self.peer(new.source).state(order.run, key)
+            elif is_shared(key):
+                self._check_serves_some(key, order.versions.of(key))
+                self.owned[key] = Owned(first_weights(key))
             else:
                 self.owned[key] = Owned(self.served(key, order.versions.of(key)))
+
+    def _check_serves_some(self, shared: ExpertKey, version: int) -> None:
+        """Raise NotHere unless an expert of the layer is here, with what its layer shares."""
+        here = {(key.model, key.layer) for key, held in self.weights if held == version}
+        if (shared.model, shared.layer) not in here:
+            raise NotHere(f"no expert of the layer of {shared} is here")
 
     def _reduce(self, order: Reduce) -> Prepared:
         self._check(order.attempt.run)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,10 @@ def _relu2(up_R: Tensor) -> Tensor:
     return torch.relu(up_R).square()
 
 
-def _norm(y_RH: Tensor) -> Tensor:
+def _norm(y_RH: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     y = y_RH if y_RH.dtype == torch.float64 else y_RH.float()
     scaled = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
-    weight = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
-    return (scaled * weight).to(y_RH.dtype)
+    return (scaled * shared["norm"].to(y.dtype)).to(y_RH.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +104,7 @@ def random_experts(
             down=oriented(hidden, intermediate),
             up_bias=tensor(wide) if kind.bias else None,
             down_bias=tensor(hidden) if kind.bias else None,
+            norm=torch.linspace(0.5, 1.5, hidden).to(device, dtype) if kind.post_norm else None,
         )
         for number in numbers
     }

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from moesaic.kernels.backward.accumulators import GradientAccumulators
 from moesaic.kernels.backward.ffn import BackwardForm, BackwardKernel
-from moesaic.kernels.ffn import ExpertWeights, wide_dtype
+from moesaic.kernels.ffn import SHARED_NAMES, ExpertWeights, wide_dtype
 from tests.helpers.models.forms import Kind
+
+SHARED = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Those of a call; ``experts`` has those of the experts that were used, by tensor."""
+    """Those of a call; ``experts`` has those of the experts that were used, by tensor.
+
+    Those of tensors that all experts share are there once, under `SHARED`.
+    """
 
     x: Tensor  # (T, H), or (T, K, H) for a row of each assignment
     weights_TK: Tensor
@@ -53,14 +58,18 @@ def autograd_oracle(
             activated_I = kind.activate(up[None])[0]
             y_H = turned["down"] @ activated_I + own.get("down_bias", 0.0)
             if kind.form.post_norm is not None:
-                y_H = kind.form.post_norm(y_H[None])[0]
+                y_H = kind.form.post_norm(y_H[None], own)[0]
             y_TH = y_TH.index_add(0, torch.tensor([t]), (weights_TK[t, k] * y_H)[None])
     inputs = [x_TH, weights_TK, *(t for own in leaves.values() for t in own.values())]
     if not used:
         return Gradients(torch.zeros_like(x_TH), torch.zeros_like(weights_TK), {})
     x, weights, *rest = torch.autograd.grad(y_TH, inputs, grad_y_TH.double().cpu())
-    found = iter(rest)
-    return Gradients(x, weights, {e: {n: next(found) for n in own} for e, own in leaves.items()})
+    found, of_experts = iter(rest), dict[int, dict[str, Tensor]]()
+    for e, own in leaves.items():
+        for name in own:
+            sums = of_experts.setdefault(SHARED if name in SHARED_NAMES else e, {})
+            sums[name] = next(found) + sums.get(name, 0.0)
+    return Gradients(x, weights, of_experts)
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -108,8 +117,8 @@ def run_backward(
     grad_weights_TK = torch.full(ids_TK.shape, torch.nan, dtype=wide)
     pending = kernel(form, experts, x_TH, ids_TK, weights_TK, grad_y_TH, grad_x, grad_weights_TK)
     accumulators = GradientAccumulators(exact=exact)
-    pending.accumulate(accumulators)
-    taken = {e: accumulators.take(e) for e in experts if e in accumulators}
+    pending.accumulate(accumulators, shared=SHARED)
+    taken = {e: accumulators.take(e) for e in (*experts, SHARED) if e in accumulators}
     assert len(accumulators) == 0, "an expert that the call does not have got gradients"
     return Gradients(grad_x, grad_weights_TK, taken)
 

@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.models.export.export import ExpertsOf
 from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE
 from moesaic.models.trunk.checkpoint import Checkpoint
 from moesaic.models.trunk.config import read_config
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.experts_layers import expert_tensors, experts_layers
 from moesaic.models.trunk.trunk import load_trunk
 from tests.helpers.models.architectures import tiny_model
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moesaic.kernels.ffn import ExpertWeights, reference_kernel
+from moesaic.kernels.ffn import SHARED_NAMES, ExpertWeights, reference_kernel
 from moesaic.kernels.grouped.activation import Activation
 from moesaic.kernels.grouped.slots import LayerSlots, SlotForm, to_slot
 from moesaic.kernels.slabs import memfd
@@ -61,6 +61,7 @@ def slots_of(
         parts["down_bias"].to(device) if "down_bias" in parts else None,
         table_LE.to(device),
         torch.tensor(LAYER, dtype=torch.int32, device=device),
+        {name: parts[name].to(device) for name in SHARED_NAMES if name in parts},
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ class InProcessRun:
         self.asked = 0  # how often squares were computed
         self.has_gradients = False
         self.closed = False
+        self.saving: Future[None] | None = None  # that a test finishes
         self.lose: str = ""  # the method that fails next
         self.poison: Key | None = None  # whose gradient gets an infinite value
         self.learned: Callable[[int], None] = lambda _: None
@@ -145,7 +147,19 @@ class InProcessRun:
         self.dropped += 1
         self._begin()
 
-    def save(self, folder: Path, *, max_shard_size: int | str | None) -> None:
+    def save(
+        self, folder: Path, *, max_shard_size: int | str | None = None, wait: bool = True
+    ) -> Future[None]:
+        """Without ``wait`` the test does what `saving` has, and says so."""
+        saving: Future[None] = Future()
+        if wait:
+            self._write(folder, max_shard_size)
+            saving.set_result(None)
+        else:
+            self.saving = saving
+        return saving
+
+    def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
         self.put_together().save_pretrained(folder, max_shard_size=max_shard_size or "50GB")
         self.checkpoints[folder.absolute()] = copy.deepcopy(
             {

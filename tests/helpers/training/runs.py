@@ -174,9 +174,14 @@ def optimizing(
     redundancy: int = 0,
     run: int = 1,
     policy: RouterPolicy = PATIENT,
+    prepare: Callable[[Any], None] = lambda _: None,
+    params: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Iterator[tuple[Any, RunOptimizer]]:
-    """A trunk that is trained with AdamW, unless ``options`` say otherwise."""
+    """A trunk that is trained with AdamW, unless ``options`` say otherwise.
+
+    ``prepare`` gets the model before the optimizer is made, and ``params`` makes groups of it.
+    """
     trunk = LocalTrunk(pool, folder, dtype, borrows=borrows, policy=policy)
     opened = TrainableTrunk(trunk.model, pool.hosts.layers, dtype)
     learning = LearningTrunk(model=trunk.model, learning=trunk.learning, name="worker")
@@ -197,7 +202,10 @@ def optimizing(
         steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=number)
         return PoolRun(pool, BulkLinks("here"), learning, steps)
 
+    prepare(trunk.model)
     given: dict[str, Any] = DECAY | options
+    if params is not None:
+        given["params"] = params(trunk.model)
     optimizer = RunOptimizer(trunk.model, open_run, **given)
     try:
         yield trunk.model, optimizer

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.transport.bulk.links import BulkLinks
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import (
     FIRST_VERSION,
     TRUNK,
@@ -40,7 +39,7 @@ from moesaic.cluster.training.orders import (
     Renew,
 )
 from moesaic.cluster.versions import WeightVersions
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.experts_layers import expert_tensors, experts_layers
 from moesaic.proto.errors import HostLost
 from tests.helpers.training.trunks import Trunk, loss_of, training
 

@@ -19,10 +19,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from moesaic.actors.training.learning import Learning
-from moesaic.cluster.expert_keys import ExpertKey
+from moesaic.cluster.expert_keys import SHARED, ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.contributions import Attempt
 from moesaic.cluster.training.orders import Begin, BulkKey, Gather, Gathered, OpenRun
+from moesaic.kernels.ffn import SHARED_NAMES
 from moesaic.models.trunk.adapters import needs_adapter
 from moesaic.models.trunk.checkpoint import Checkpoint
 from moesaic.models.trunk.config import read_config
@@ -220,11 +221,12 @@ def expected(model: Any, folder: Path) -> tuple[dict[str, Tensor], Gradients]:
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     model.save_pretrained(folder / "gradients")
     checkpoint = Checkpoint(folder / "gradients", read_config(folder), dtype=model.dtype)
-    of_experts: Gradients = {
-        ExpertKey("m", number, expert): checkpoint.read(number, expert).tensors()
-        for number, layer in checkpoint.layers.items()
-        for expert in range(layer.num_experts)
-    }
+    of_experts: Gradients = {}
+    for number, layer in checkpoint.layers.items():
+        for expert in range(layer.num_experts):
+            for name, tensor in checkpoint.read(number, expert).tensors().items():
+                key = ExpertKey("m", number, SHARED if name in SHARED_NAMES else expert)
+                of_experts.setdefault(key, {})[name] = tensor
     return others, of_experts
 
 

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from moesaic import Client
 from moesaic.actors.runtime.ray_border import controller_of, namespace_of
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.actors.trunk.update import revert_experts, update_experts
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.handle import Cluster
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.experts_layers import expert_tensors, experts_layers
 from moesaic.proto.errors import CallError, ClusterError
 from tests.helpers.processes.live import (
     ON_RAY,

@@ -38,7 +38,6 @@ from moesaic.proto.errors import (
     NotHere,
     StepLost,
     Superseded,
-    UnsupportedModel,
 )
 from tests.helpers.training.steps import RUN, running, same, versions
 from tests.helpers.training.trunks import IDS, loss_of, saved
@@ -301,7 +300,7 @@ def test_what_cannot_be_owned(folder: Path) -> None:
         here = [k for k in others if host._residency.versions(k)]
         away = [k for k in others if not host._residency.versions(k)]
         owned = host.report().owned
-        with pytest.raises(UnsupportedModel, match="shared tensors of layer 1 of m"):
+        with pytest.raises(BadInput, match=r"of shared tensors of layer 1 of m .* its model has"):
             own(ExpertKey("m", 1, SHARED), trained)
         with pytest.raises(NotHere, match="neither its state nor its weights"):
             own(trunk_block("m", 7), {"x": 0})

@@ -32,7 +32,6 @@ from moesaic.proto.errors import (
     CallError,
     MoesaicError,
     NotHere,
-    UnsupportedModel,
 )
 from tests.helpers.training.steps import RUN, WORKER, Steps, running, same, versions
 from tests.helpers.training.trunks import IDS, saved, training
@@ -105,7 +104,7 @@ def test_what_may_be_put(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         refused(BulkKey("weights", new._replace(model="n"), run=RUN), {}, CallError, "trains 'm'")
         refused(BulkKey("state", expert._replace(expert=99), run=RUN), {}, CallError, "expert: 99")
         shared = BulkKey("weights", expert._replace(expert=SHARED), run=RUN)
-        refused(shared, {}, UnsupportedModel, "cannot be trained yet")
+        refused(shared, {"norm": torch.zeros(1 << 20)}, CallError, "bytes; it can have")
         huge = {"up": torch.zeros(1 << 20)}
         for kind in ("weights", "state"):
             refused(BulkKey(kind, expert, run=RUN), huge, CallError, "bytes; it can have")

@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moesaic.actors.training.optimizer import RunOptimizer
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.training.orders import BulkKey, Commit, Order, Reduce
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.experts_layers import expert_tensors, experts_layers
 from moesaic.proto.errors import CheckpointError, ClusterError, StepLost
 from tests.helpers.training.disturbed import HASTY, Disturbed
 from tests.helpers.training.runs import LocalPool, held, optimizing, training_pool
@@ -50,7 +49,7 @@ def assert_same_model(pool: LocalPool, trunk: Any, plain: Any, tolerance: float)
     """Trunk and experts have the plain model's values; replicas have the same bits."""
     own = dict(trunk.named_parameters())
     layers = experts_layers(plain)
-    names = {id(p) for layer in layers for p in layer.module._parameters.values() if p is not None}
+    names = {id(one) for layer in layers for one in layer.module.parameters()}
     for name, wanted in plain.named_parameters():
         if id(wanted) not in names:
             assert_near(own[name].detach(), wanted.detach(), tolerance, name)
@@ -161,11 +160,11 @@ def test_a_checkpoint_is_written_beside_the_next_step(folder: Path, tmp_path: Pa
     ):
         one_step(model, optimizer, 0)
         before = states(optimizer, pool)
-        run: Any = optimizer.run
-        saving = run.save(tmp_path / "saved", wait=False)
+        saving = optimizer.save(tmp_path / "saved", wait=False)
+        kept = optimizer.state_dict()
         one_step(model, optimizer, 1)
         assert saving.done() and saving.exception() is None, "a commit waits for what is read"
-        run.restore(tmp_path / "saved")
+        optimizer.load_state_dict(kept)
         after = states(optimizer, pool)
         for key, tensors in before.items():
             assert all(torch.equal(after[key][name], one) for name, one in tensors.items())

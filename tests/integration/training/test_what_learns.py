@@ -195,11 +195,3 @@ def test_quantised_weights(folder: Path) -> None:
         trunk.model.config.quantization_config = {"quant_method": "fp8"}
         with pytest.raises(UnsupportedModel, match="quantised, and have no gradients"):
             trunk.learning.watch(trunk.model)
-
-
-def test_a_norm_behind_experts(folder: Path) -> None:
-    """No architecture that is served has one; a package may bring one that does."""
-    with training(folder) as trunk:
-        trunk.model.model.layers[1].mlp.experts.has_post_expert_norm = True
-        with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.experts has a norm behind"):
-            trunk.learning.watch(trunk.model)

@@ -30,7 +30,7 @@ from moesaic.kernels.ffn import (
     reference_kernel,
     unpack,
 )
-from moesaic.models.trunk.experts_layers import ExpertsLayer, expert_parameters, is_experts_module
+from moesaic.models.trunk.experts_layers import ExpertsLayer, expert_tensors, is_experts_module
 from tests.helpers.models.forms import (
     HIDDEN,
     KINDS,
@@ -186,17 +186,7 @@ def test_every_experts_class_of_transformers(name: str) -> None:
     module = transformers_experts(name, DECORATED[name])
     assert is_experts_module(module)
     layer = ExpertsLayer(0, "experts", module, 8, HIDDEN)
-    own = {parameter: tensor.data for parameter, tensor in expert_parameters(layer)}
-    up = layer.up_name
-    experts = {
-        e: ExpertWeights(
-            up=own[up][e],
-            down=own["down_proj"][e],
-            up_bias=own[f"{up}_bias"][e] if module.has_bias else None,
-            down_bias=own["down_proj_bias"][e] if module.has_bias else None,
-        )
-        for e in range(8)
-    }
+    experts = {e: ExpertWeights.of(expert_tensors(layer, e)) for e in range(8)}
     x_TH = inputs(13, dtype=torch.float32)
     ids_TK = torch.stack([torch.randperm(8, generator=_seeded(t))[:3] for t in range(13)])
     weights_TK = weights_for(ids_TK)

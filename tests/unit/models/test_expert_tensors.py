@@ -19,6 +19,8 @@ from moesaic.models.trunk.trunk import meta_model
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.models.architectures import ADAPTED, ARCHITECTURES
 from tests.helpers.models.model_folders import checkpoint, saved
+from tests.helpers.models.normed import NORM, saved_normed
+from tests.helpers.models.versions import newest_transformers
 
 Pool = dict[str, Tensor]
 
@@ -62,6 +64,27 @@ def test_a_whole_checkpoint_has_all_experts(name: str, tmp_path: Path) -> None:
     }
     for place, tensors in given.items():
         assert same(tensors, found.read(*place).tensors())
+
+
+@newest_transformers
+def test_what_experts_share_comes_with_each_and_is_updated_with_all(tmp_path: Path) -> None:
+    saved_normed(tmp_path)
+    found = checkpoint(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    norm = NORM.format(1)
+    expert = found.read(1, 2).tensors()
+    assert expert["norm"].equal(stored[norm])
+    new = changed(expert)
+    named = found.tensors.on_disk(1, 2, new)
+    assert named[norm].equal(new["norm"])
+    with pytest.raises(CheckpointError, match=r"\[0\] is missing; an update must have"):
+        found.tensors.named(named)  # the other experts of the layer would have another norm
+    with pytest.raises(CheckpointError, match=r"layers\.1\.\S+norm\.weight is missing"):
+        found.tensors.named({key: one for key, one in named.items() if key != norm})
+    layer = {key: one + 1 for key, one in stored.items() if ".layers.1.mlp.experts." in key}
+    given = found.tensors.named(layer)
+    assert given.keys() == {(1, expert) for expert in range(8)}
+    assert all(tensors["norm"].equal(new["norm"]) for tensors in given.values())
 
 
 def test_a_model_in_memory_has_its_parameters_names() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.proto.errors import BadInput
+from moesaic.proto.errors import BadInput, CheckpointError
 from tests.helpers.training.in_process import InProcessRun, differences, open_run, training
 from tests.helpers.training.small_models import LR, learn, loss_of, plain_steps
 
@@ -33,6 +33,32 @@ def test_a_state_says_where_it_is(run: InProcessRun, tmp_path: Path) -> None:
             later | {"param_groups": [later["param_groups"][0] | {"lr": 7.0}]}
         )
         assert optimizer.param_groups[0]["lr"] == 7.0 and run.step == 2
+
+
+def test_a_checkpoint_that_is_being_written_counts_unless_it_fails(
+    run: InProcessRun, tmp_path: Path
+) -> None:
+    with training(run, **LR) as optimizer:
+
+        def checkpoint() -> object:
+            return optimizer.state_dict()["pool"]["checkpoint"]
+
+        written = optimizer.save(str(tmp_path / "a"), max_shard_size="1MB")
+        assert written.done() and written.result(0) is None
+        assert checkpoint() == str(tmp_path / "a")
+        saving = optimizer.save(tmp_path / "b", wait=False)
+        assert not saving.done() and run.saving is not None
+        assert checkpoint() == str(tmp_path / "b")
+        with pytest.raises(TimeoutError):
+            saving.result(0)
+        run.saving.set_exception(CheckpointError("b: cannot be written: the disk is full"))
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            saving.result(0)
+        assert checkpoint() is None
+        with torch.no_grad():
+            run.trunk.lm_head.weight.add_(1.0)
+        with pytest.raises(BadInput, match=r"lm_head.weight: changed outside"):
+            optimizer.save(tmp_path / "c", wait=False)
 
 
 def test_going_back_to_a_checkpoint(start: Any, run: InProcessRun, tmp_path: Path) -> None:

@@ -136,6 +136,25 @@ def test_nothing_is_added_to_gradients_that_were_multiplied(run: InProcessRun) -
             run.trunk.model(torch.ones(1, 3).long())  # as a loss of one's own calls it
 
 
+def test_a_step_that_a_grad_scaler_skips_ends_with_zero_grad(start: Any, run: InProcessRun) -> None:
+    """In plain PyTorch the infinite gradients would stay, and all that is added to them."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+    with training(run, **LR) as optimizer:
+        scaler.scale(loss_of(run.trunk) * torch.inf).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert (run.step, scaler.get_scale()) == (0, 2.0) and unchanged(start, run)
+        with pytest.raises(BadInput, match=r"or zero_grad\(\) if the step was skipped"):
+            loss_of(run.trunk)
+        with torch.no_grad():
+            loss_of(run.trunk)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(run.trunk)).backward()
+        scaler.step(optimizer)
+        assert run.step == 1
+    assert max(differences(plain_steps(start, [0]), run).values()) < 1e-9
+
+
 def test_a_layer_without_gradients_is_not_updated(start: Any, run: InProcessRun) -> None:
     with training(run, **LR) as optimizer:
         learn(run)

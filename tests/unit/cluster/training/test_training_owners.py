@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.cluster.expert_keys import ExpertKey
+from moesaic.cluster.expert_keys import SHARED, ExpertKey
 from moesaic.cluster.training.owners import (
     OwnerHosts,
     Owners,
@@ -19,6 +19,7 @@ from moesaic.cluster.training.owners import (
     without_hosts,
 )
 
+SHARED_KEYS = [ExpertKey("m", layer, SHARED) for layer in range(2)]
 KEYS = [ExpertKey("m", layer, expert) for layer in range(3) for expert in range(4)]
 sizes = st.dictionaries(st.sampled_from(KEYS), st.integers(1, 50), min_size=1)
 # Host -> its domain.
@@ -48,6 +49,24 @@ def test_each_key_has_its_owners_in_as_many_domains_as_possible(
         assert len(owning) == len(set(owning)) == min(copies, len(domains))
         assert len({domains[host] for host in owning}) == spread
     assert ownerless(found) == ([] if domains else list(found))
+
+
+@given(sizes, pools, pools, copies)
+def test_what_experts_share_is_owned_by_all_their_owners(
+    sizes_bytes: dict[ExpertKey, int], before: dict[str, str], after: dict[str, str], copies: int
+) -> None:
+    every = sizes_bytes | dict.fromkeys(SHARED_KEYS, 1)
+    old = deal_owners(every, hosts(before), copies=copies)
+    new = deal_owners(every, hosts(after), copies=copies, before=old)
+    without = {key: own for key, own in old.items() if key not in SHARED_KEYS}
+    assert without == deal_owners(sizes_bytes, hosts(before), copies=copies)
+    for found in (old, new):
+        for key in SHARED_KEYS:
+            owning = [own for one, own in found.items() if one.layer == key.layer and one != key]
+            assert sorted(found[key]) == sorted({host for own in owning for host in own})
+    for key in SHARED_KEYS:
+        staying = [host for host in old[key] if host in new[key]]
+        assert list(new[key][: len(staying)]) == staying
 
 
 @given(sizes, st.sets(st.sampled_from("abcdefgh"), min_size=1), copies)

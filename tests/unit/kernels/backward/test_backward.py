@@ -20,8 +20,16 @@ from torch import Tensor
 
 from moesaic.kernels.backward.accumulators import GradientAccumulators
 from moesaic.kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm, BackwardKernel
-from moesaic.kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, reference_kernel, unpack
-from moesaic.models.trunk.experts_layers import ExpertsLayer, expert_parameters
+from moesaic.kernels.ffn import (
+    SHARED_NAMES,
+    ExpertForm,
+    ExpertWeights,
+    can_pack,
+    pack,
+    reference_kernel,
+    unpack,
+)
+from moesaic.models.trunk.experts_layers import ExpertsLayer, expert_tensors, shared_parameters
 from tests.helpers.models.forms import (
     HIDDEN,
     KINDS,
@@ -30,6 +38,7 @@ from tests.helpers.models.forms import (
     transformers_experts,
 )
 from tests.helpers.models.gradients import (
+    SHARED,
     Gradients,
     assert_gradients_near,
     autograd_oracle,
@@ -93,7 +102,7 @@ def test_every_form_has_the_gradients_of_autograd(
     ids_TK = away_from_limits(KINDS[kind], experts, x_TH, ids_TK)
     given = x_TH, ids_TK, weights_TK, grad_y_TH
     expected = autograd_oracle(KINDS[kind], experts, *given)
-    assert len(expected.experts) == EXPERTS
+    assert len(expected.experts.keys() - {SHARED}) == EXPERTS
     found = run_backward(kernel, KINDS[kind].backward_form, experts, *given)
     assert_gradients_near(found, expected, TOLERANCE[dtype])
 
@@ -143,7 +152,8 @@ def test_the_forward_pass_has_these_derivatives(kernel: BackwardKernel, kind: st
     """Finite differences of the forward kernel, which know nothing of autograd."""
     form = KINDS[kind].backward_form
     held = random_experts(KINDS[kind], range(2), dtype=torch.float64, hidden=4, intermediate=3)
-    names = [(e, n) for e in held for n in held[e].tensors()]
+    names = [(e, n) for e in held for n in held[e].tensors() if n not in SHARED_NAMES]
+    names += [(SHARED, n) for n in held[0].shared()]
     x_TH, ids_TK, weights_TK, _ = call(3, top_k=2, experts=2, hidden=4)
 
     class Layer(torch.autograd.Function):
@@ -162,15 +172,20 @@ def test_the_forward_pass_has_these_derivatives(kernel: BackwardKernel, kind: st
                 form, experts(tensors), x_TH, ids_TK, weights_TK, grads[0], grad_x, grad_weights
             )
             accumulators = GradientAccumulators()
-            pending.accumulate(accumulators)
-            taken = {e: accumulators.take(e) for e in held}
+            pending.accumulate(accumulators, shared=SHARED)
+            taken = {e: accumulators.take(e) for e in dict(names)}
             return grad_x, grad_weights, *(taken[e][n] for e, n in names)
 
     def experts(tensors: Any) -> dict[int, ExpertWeights]:
         by_name = dict(zip(names, tensors, strict=True))
-        return {e: ExpertWeights.of({n: by_name[e, n] for n in held[e].tensors()}) for e in held}
+        return {
+            e: ExpertWeights.of(
+                {n: by_name[SHARED if n in SHARED_NAMES else e, n] for n in held[e].tensors()}
+            )
+            for e in held
+        }
 
-    given = [x_TH, weights_TK, *(held[e].tensors()[n] for e, n in names)]
+    given = [x_TH, weights_TK, *(held[max(e, 0)].tensors()[n] for e, n in names)]
     assert set(ids_TK.flatten().tolist()) == {-1, 0, 1}
     assert torch.autograd.gradcheck(Layer.apply, [one.requires_grad_() for one in given])
 
@@ -179,18 +194,20 @@ def test_the_forward_pass_has_these_derivatives(kernel: BackwardKernel, kind: st
 def test_every_experts_class_of_transformers(kernel: BackwardKernel, name: str) -> None:
     module = transformers_experts(name, DECORATED[name]).requires_grad_()
     layer = ExpertsLayer(0, "experts", module, 8, HIDDEN)
-    own = dict(expert_parameters(layer))
-    names = {"up": layer.up_name, "down": "down_proj"}
-    if module.has_bias:
-        names |= {"up_bias": f"{layer.up_name}_bias", "down_bias": "down_proj_bias"}
+    own = dict(module.named_parameters())
+    names = {layer.pool_name(name): name for name in own}
+    shared = {layer.pool_name(name) for name, _ in shared_parameters(layer)}
     x_TH, _, weights_TK, grad_y_TH = call(13, dtype=torch.float32)
     drawn = torch.Generator().manual_seed(0)
     ids_TK = torch.stack([torch.randperm(8, generator=drawn)[:3] for _ in range(13)])
     inputs = [x_TH.requires_grad_(), weights_TK.requires_grad_(), *(own[n] for n in names.values())]
     x, weights, *rest = torch.autograd.grad(module(x_TH, ids_TK, weights_TK), inputs, grad_y_TH)
     by_name = dict(zip(names, rest, strict=True))
-    expected = Gradients(x, weights, {e: {n: g[e] for n, g in by_name.items()} for e in range(8)})
-    experts = {e: ExpertWeights.of({n: own[names[n]].data[e] for n in names}) for e in range(8)}
+    of_experts = {e: {n: g[e] for n, g in by_name.items() if n not in shared} for e in range(8)}
+    if shared:
+        of_experts[SHARED] = {n: by_name[n] for n in shared}
+    expected = Gradients(x, weights, of_experts)
+    experts = {e: ExpertWeights.of(expert_tensors(layer, e)) for e in range(8)}
     form = BackwardForm.of(layer.form(), gated=bool(module.has_gate))
     found = run_backward(
         kernel, form, experts, x_TH.detach(), ids_TK, weights_TK.detach(), grad_y_TH
@@ -288,8 +305,8 @@ def test_an_experts_bits_depend_on_its_own_rows_alone(
     part = compute(ids_TK.masked_fill(~wanted_TK, -1))
     assert torch.equal(part.x[wanted_TK], whole.x[wanted_TK])
     assert torch.equal(part.weights_TK[wanted_TK], whole.weights_TK[wanted_TK])
-    for expert, tensors in part.experts.items():
-        for name, tensor in tensors.items():
+    for expert in part.experts.keys() - {SHARED}:  # that is a sum over experts
+        for name, tensor in part.experts[expert].items():
             assert torch.equal(tensor, whole.experts[expert][name]), name
 
 
@@ -329,7 +346,7 @@ def test_the_weights_follow_in_another_thread(
     accumulators = GradientAccumulators()
 
     def add() -> None:
-        pending.accumulate(accumulators)
+        pending.accumulate(accumulators, shared=SHARED)
 
     with torch.inference_mode():
         # Everything that the kernel is given was made in inference mode, too.
@@ -347,7 +364,7 @@ def test_the_weights_follow_in_another_thread(
         thread.join()
         # And a second call in this thread, to the same sums.
         again = kernel(form, experts, *given, grad_x.clone(), grad_weights_TK.clone())
-        again.accumulate(accumulators)
+        again.accumulate(accumulators, shared=SHARED)
     assert pending.nbytes == 0
     taken = {e: {n: t / 2 for n, t in accumulators.take(e).items()} for e in expected.experts}
     assert_gradients_near(Gradients(grad_x, grad_weights_TK, taken), expected, 1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.models.export.export import ExpertsOf, export_model
 from moesaic.models.export.plan import plan_export
 from moesaic.models.export.write_checkpoint import write_checkpoint
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.experts_layers import expert_tensors, experts_layers
 from moesaic.models.trunk.trunk import strip_experts
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.models.architectures import ADAPTED, ARCHITECTURES, OWN
@@ -28,10 +29,12 @@ from tests.helpers.models.model_folders import (
     saved,
     trunk_of,
 )
+from tests.helpers.models.normed import saved_normed
 from tests.helpers.models.tiny import tiny_tokenizer
+from tests.helpers.models.versions import newest_transformers
 
 SMALL_SHARDS = 30_000
-NAMES = [*ARCHITECTURES, *(ADAPTED.keys() - {"longcat_flash"}), *OWN]
+NAMES = [*ARCHITECTURES, *ADAPTED, *OWN]
 
 
 def loaded(folder: Path, dtype: torch.dtype) -> Any:
@@ -182,14 +185,38 @@ def refused(trunk: Any, match: str) -> None:
         plan_export(trunk)
 
 
-def test_what_the_pool_does_not_have_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lacking", [False, True])
+def test_weights_that_nothing_reads_are_those_of_the_source(lacking: bool, tmp_path: Path) -> None:
+    """LongCat-Flash's zero-compute experts; transformers loads no folder without them."""
     if "longcat_flash" not in ADAPTED:
         pytest.skip("a newer transformers has it")
-    saved(tmp_path / "source", "longcat_flash")
-    refused(
-        trunk_of(tmp_path / "source"),
-        r"experts\.8\.gate_proj\.weight and 11 more: transformers' own model has other tensors",
-    )
+    source = tmp_path / "source"
+    saved(source, "longcat_flash")
+    before = load_file(source / "model.safetensors")
+    unread = {key for key in before if re.search(r"\.experts\.(8|9|10|11)\.", key)}
+    assert len(unread) == 2 * 4 * 2  # in two layers, four experts' gates and up-projections
+    if lacking:
+        kept = {key: tensor for key, tensor in before.items() if key not in unread}
+        save_file(kept, source / "model.safetensors", {"format": "pt"})
+    trunk = trunk_of(source)
+    plan = plan_export(trunk)
+    export_model(tmp_path / "found", plan, trunk, experts_of(checkpoint(source)))
+    after = load_file(tmp_path / "found" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for key in unread:
+        assert after[key].equal(torch.zeros_like(before[key]) if lacking else before[key])
+    loaded(tmp_path / "found", torch.float32)
+
+
+@newest_transformers
+def test_what_experts_share_is_exported(tmp_path: Path) -> None:
+    saved_normed(tmp_path / "source")
+    whole = loaded(tmp_path / "source", torch.float32)
+    whole.save_pretrained(tmp_path / "expected", max_shard_size=SMALL_SHARDS)
+    trunk = trunk_of(tmp_path / "source")
+    plan = plan_export(trunk, max_shard_bytes=SMALL_SHARDS)
+    export_model(tmp_path / "found", plan, trunk, experts_of(checkpoint(tmp_path / "source")))
+    assert_same_files(tmp_path / "found", tmp_path / "expected")
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:

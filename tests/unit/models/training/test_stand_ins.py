@@ -79,7 +79,7 @@ def test_what_experts_share_has_a_stand_in_under_its_name() -> None:
     assert {one.name: one.target for one in stand_ins} == {
         "up": "0.gate_up_proj",
         "down": "0.down_proj",
-        "post_expert_norm.weight": "0.post_expert_norm.weight",
+        "norm": "0.post_expert_norm.weight",
     }
     assert trunk.state_dict().keys() == {"1.weight", "1.bias"}
     trunk.load_state_dict(trunk.state_dict())
