@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import getpass
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import ray
+import torch
 
 from ...cluster.expert_keys import ExpertKey, trunk_block
+from ...cluster.training.host_memory import TrainedBytes
 from ...cluster.training.run_plan import RunPlan, Trained
 from ...cluster.training.steps import TrainingSteps
-from ...kernels.training.update_rules import UpdateRule
+from ...kernels.training.update_rules import OwnerBytes, UpdateRule
 from ...models.training.groups import TrainedTensors
 from ...models.training.trunk_blocks import trunk_blocks
 from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes
@@ -84,23 +86,22 @@ def plan_run(
 
     ``layers`` are those of the trunk's model with its experts' parameters.
     """
-    wide_bytes = wide(trunk.learning.dtype).itemsize
+    dtype = trunk.learning.dtype
     tensors: dict[ExpertKey, Trained] = {}
     for layer in layers:
         groups = trained.experts.get(layer.layer)
         if groups:
             shapes = expert_shapes(layer)
-            nbytes = sum(math.prod(shapes[name]) * wide_bytes for name in groups)
+            memory = _expert_bytes(rule, shapes, groups, dtype, exact=exact)
             for expert in range(layer.num_experts):
                 tensors[ExpertKey(model, layer.layer, expert)] = Trained(
-                    groups=groups, nbytes=nbytes
+                    groups=groups, memory=memory
                 )
     parameters = dict(trunk.model.named_parameters())
     for number, groups in enumerate(trunk_blocks(trunk.model, trained.trunk)):
-        nbytes = sum(
-            parameters[name].numel() * wide(parameters[name].dtype).itemsize for name in groups
-        )
-        tensors[trunk_block(model, number)] = Trained(groups=groups, nbytes=nbytes)
+        own = [parameters[name] for name in groups]
+        memory = _owned_bytes(rule.bytes_of(tuple(one.shape), one.dtype) for one in own)
+        tensors[trunk_block(model, number)] = Trained(groups=groups, memory=memory)
     return RunPlan(
         run=run,
         model=model,
@@ -109,4 +110,28 @@ def plan_run(
         tensors=tensors,
         redundancy=redundancy,
         exact=exact,
+    )
+
+
+def _expert_bytes(
+    rule: UpdateRule,
+    shapes: Mapping[str, tuple[int, ...]],
+    trained: Iterable[str],
+    dtype: torch.dtype,
+    *,
+    exact: bool,
+) -> TrainedBytes:
+    """Return the sizes of one expert's tensors; hosts add up the gradients of all of them."""
+    parameters, wide_type = sum(map(math.prod, shapes.values())), wide(dtype)
+    return _owned_bytes(rule.bytes_of(shapes[name], dtype) for name in trained)._replace(
+        version=parameters * dtype.itemsize,
+        gradient=parameters * wide_type.itemsize,
+        added=parameters * (torch.float64 if exact else wide_type).itemsize,
+    )
+
+
+def _owned_bytes(tensors: Iterable[OwnerBytes]) -> TrainedBytes:
+    owned = list(tensors)
+    return TrainedBytes(
+        master=sum(one.master for one in owned), state=sum(one.state for one in owned)
     )

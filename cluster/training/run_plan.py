@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..expert_keys import ExpertKey
 from ..placement import HostEntry
+from .host_memory import TrainedBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class Trained:
     """What is trained under one key."""
 
     groups: Mapping[str, int]  # name -> the group of its hyperparameters
-    nbytes: int  # of its master
+    memory: TrainedBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from ..expert_keys import TRUNK, ExpertKey
 from ..placement import HostEntry
 from ..versions import WeightVersions
 from .contributions import Attempt
+from .host_memory import memory_of_hosts, shortage
 from .orders import (
     Answer,
     Begin,
@@ -36,6 +37,7 @@ from .orders import (
     Gathered,
     GroupUpdate,
     NewlyOwned,
+    Opened,
     OpenRun,
     Order,
     Own,
@@ -94,6 +96,7 @@ class TrainingSteps:
         self._reduction: _Reduction | None = None
         # Hosts that know the run, and in which incarnation they came to know it.
         self._members: dict[str, int] = {}
+        self._free_bytes: dict[str, int | None] = {}  # when hosts came to know it
         # What hosts have to forget: others own it by now, or an order to own it may have failed.
         self._left: dict[str, set[ExpertKey]] = {}
         # The first owners alone; `own` copies what they own to the others.
@@ -123,9 +126,10 @@ class TrainingSteps:
     # ---- the run's beginning and end ------------------------------------------------------------
 
     def open(self) -> Exchange[None]:
-        """Let all hosts begin the run. Raises ClusterError."""
+        """Let all hosts begin the run. Raises ClusterError, also if memory does not suffice."""
         failed = yield from self._enter(self._pool.entries)
         _raise_first(failed, "begin the run")
+        self._check_memory()
 
     def own(self) -> Exchange[None]:
         """Let owners take over what is trained, and begin the first attempt. Raises ClusterError.
@@ -347,6 +351,20 @@ class TrainingSteps:
         if self.broken:
             raise ClusterError(self.broken)
 
+    def _check_memory(self) -> None:
+        """Raise ClusterError if some machine lacks memory for what its hosts are to keep."""
+        plan, pool = self.plan, self._pool
+        sizes = {key: one.memory for key, one in plan.tensors.items()}
+        planned = memory_of_hosts(sizes, self._dealt(pool.entries), pool.holders)
+        nodes = {host: entry.node for host, entry in pool.entries.items()}
+        known = {host: memory for host, memory in planned.items() if host in nodes}
+        if why := shortage(known, nodes, self._free_bytes):
+            raise ClusterError(
+                f"{plan.model} cannot be trained with {plan.optimizer} here: {why}; end other "
+                "programs, use more machines, fewer replicas, less redundancy or an optimizer with "
+                "less state, or train fewer parameters"
+            )
+
     def _check_attempt(self) -> None:
         self._check()
         if self._lost:
@@ -396,6 +414,8 @@ class TrainingSteps:
             for host, answer in (yield dict.fromkeys(asked, order)).items():
                 if isinstance(order, CloseRun) and isinstance(answer, NotHere):
                     continue  # it does not know the run
+                if isinstance(answer, Opened):
+                    self._free_bytes[host] = answer.free_bytes
                 if isinstance(answer, MoesaicError):
                     failed[host] = answer
                     if isinstance(order, Begin):
@@ -431,7 +451,7 @@ class TrainingSteps:
             host: pool.domains.get(host) or host for host in hosts if host not in pool.leaving
         }
         return deal_owners(
-            {key: one.nbytes for key, one in plan.tensors.items()},
+            {key: one.memory.master for key, one in plan.tensors.items()},
             OwnerHosts(domains=staying, holders=lambda key: pool.holders.get(key, ())),
             copies=1 + plan.redundancy,
             before=self.owners,

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 from moesaic.cluster.expert_keys import FIRST_VERSION, TRUNK, ExpertKey, LayerKey, trunk_block
 from moesaic.cluster.training.contributions import Part
+from moesaic.cluster.training.host_memory import TrainedBytes
 from moesaic.cluster.training.orders import (
     Answer,
     Begin,
@@ -91,7 +92,7 @@ class TrainingWorld:
             optimizer="SGD",
             settings={},
             tensors={
-                key: Trained(groups={"w": 0}, nbytes=self.random.randint(1, 9))
+                key: Trained(groups={"w": 0}, memory=TrainedBytes(master=self.random.randint(1, 9)))
                 for key in (*self.keys, *self.blocks)
             },
             redundancy=redundancy,
