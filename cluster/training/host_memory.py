@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..card_memory import gb
@@ -70,6 +70,15 @@ class HostMemory:
     def most(self) -> int:
         """The peak if the version before is still in use while gradients are summed up."""
         return self.at_rest + self.weights + max(self.added + self.kept, self.gathered + self.sums)
+
+    @property
+    def passing(self) -> int:
+        """What comes and goes with each step: gradients, activations, a version of the weights."""
+        return self.most - self.at_rest
+
+    def without_state(self) -> HostMemory:
+        """Return the same with an optimizer that keeps nothing."""
+        return replace(self, state=0)
 
     def __add__(self, other: HostMemory) -> HostMemory:
         return HostMemory(**{name: getattr(self, name) + getattr(other, name) for name in _PARTS})

@@ -33,6 +33,11 @@ class Trained:
     groups: Mapping[str, int]  # name -> the group of its hyperparameters
     memory: TrainedBytes
 
+    @property
+    def nbytes(self) -> int:
+        """The size of its master, and of its owners' gradient."""
+        return self.memory.master
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:

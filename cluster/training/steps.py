@@ -451,7 +451,7 @@ class TrainingSteps:
             host: pool.domains.get(host) or host for host in hosts if host not in pool.leaving
         }
         return deal_owners(
-            {key: one.memory.master for key, one in plan.tensors.items()},
+            {key: one.nbytes for key, one in plan.tensors.items()},
             OwnerHosts(domains=staying, holders=lambda key: pool.holders.get(key, ())),
             copies=1 + plan.redundancy,
             before=self.owners,
