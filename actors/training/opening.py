@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import math
 from collections.abc import Iterable, Mapping
 
@@ -24,6 +25,8 @@ from ..runtime.ray_border import controller_of, ray_get
 from ..transport.bulk.links import BulkLinks
 from .ray_pool import RayTrainingPool
 from .run import LearningTrunk, PoolRun
+
+log = logging.getLogger(__name__)
 
 # A model that was asleep is placed again first.
 _BEGIN_S = 90.0
@@ -68,6 +71,8 @@ def open_run(
         links.close()
         pool.end()
         raise
+    for host, memory in sorted(steps.planned_memory().items()):
+        log.info("run %d: %s is planned to need %s", begun.run, host, memory)
     return PoolRun(pool, links, trunk, steps)
 
 

@@ -80,6 +80,12 @@ class HostMemory:
         """Return the same with an optimizer that keeps nothing."""
         return replace(self, state=0)
 
+    def __str__(self) -> str:
+        return (
+            f"{gb(self.most)} ({gb(self.weights)} of weights, {gb(self.masters)} of masters, "
+            f"{gb(self.state)} of optimizer state, up to {gb(self.passing)} in a step)"
+        )
+
     def __add__(self, other: HostMemory) -> HostMemory:
         return HostMemory(**{name: getattr(self, name) + getattr(other, name) for name in _PARTS})
 

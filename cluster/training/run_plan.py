@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...proto.errors import ClusterError
 from ..expert_keys import ExpertKey
 from ..placement import HostEntry
-from .host_memory import TrainedBytes
+from .host_memory import HostMemory, TrainedBytes, shortage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,3 +51,22 @@ class RunPlan:
     tensors: Mapping[ExpertKey, Trained]
     redundancy: int = 0  # owners of a key besides the first
     exact: bool = False
+
+
+def check_room(
+    plan: RunPlan,
+    planned: Mapping[str, HostMemory],
+    pool: PoolNow,
+    free_bytes: Mapping[str, int | None],
+) -> None:
+    """Raise ClusterError if some machine lacks memory for what its hosts are to keep.
+
+    ``planned`` is what each host takes, and ``free_bytes`` what it has found free.
+    """
+    nodes = {host: entry.node for host, entry in pool.entries.items()}
+    if why := shortage({h: one for h, one in planned.items() if h in nodes}, nodes, free_bytes):
+        raise ClusterError(
+            f"{plan.model} cannot be trained with {plan.optimizer} here: {why}; end other "
+            "programs, use more machines, fewer replicas, less redundancy or an optimizer with "
+            "less state, or train fewer parameters"
+        )

@@ -26,7 +26,7 @@ from ..expert_keys import TRUNK, ExpertKey
 from ..placement import HostEntry
 from ..versions import WeightVersions
 from .contributions import Attempt
-from .host_memory import memory_of_hosts, shortage
+from .host_memory import HostMemory, memory_of_hosts
 from .orders import (
     Answer,
     Begin,
@@ -55,7 +55,7 @@ from .owners import (
     ownerless,
     without_hosts,
 )
-from .run_plan import PoolNow, RunPlan
+from .run_plan import PoolNow, RunPlan, check_room
 
 Answers = Mapping[str, Answer | MoesaicError]
 T = TypeVar("T")
@@ -123,13 +123,19 @@ class TrainingSteps:
         serving = [h for h in self._pool.holders.get(key, ()) if h in self._pool.entries]
         return [*(self._pool.entries[h] for h in serving), *self.owning(key)]
 
+    def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
+        """Return what each host takes for the run; ``lent`` as in `memory_of_hosts`."""
+        sizes = {key: one.memory for key, one in self.plan.tensors.items()}
+        owners = self._dealt(self._pool.entries)
+        return memory_of_hosts(sizes, owners, self._pool.holders, lent=lent)
+
     # ---- the run's beginning and end ------------------------------------------------------------
 
     def open(self) -> Exchange[None]:
         """Let all hosts begin the run. Raises ClusterError, also if memory does not suffice."""
         failed = yield from self._enter(self._pool.entries)
         _raise_first(failed, "begin the run")
-        self._check_memory()
+        check_room(self.plan, self.planned_memory(), self._pool, self._free_bytes)
 
     def own(self) -> Exchange[None]:
         """Let owners take over what is trained, and begin the first attempt. Raises ClusterError.
@@ -350,20 +356,6 @@ class TrainingSteps:
     def _check(self) -> None:
         if self.broken:
             raise ClusterError(self.broken)
-
-    def _check_memory(self) -> None:
-        """Raise ClusterError if some machine lacks memory for what its hosts are to keep."""
-        plan, pool = self.plan, self._pool
-        sizes = {key: one.memory for key, one in plan.tensors.items()}
-        planned = memory_of_hosts(sizes, self._dealt(pool.entries), pool.holders)
-        nodes = {host: entry.node for host, entry in pool.entries.items()}
-        known = {host: memory for host, memory in planned.items() if host in nodes}
-        if why := shortage(known, nodes, self._free_bytes):
-            raise ClusterError(
-                f"{plan.model} cannot be trained with {plan.optimizer} here: {why}; end other "
-                "programs, use more machines, fewer replicas, less redundancy or an optimizer with "
-                "less state, or train fewer parameters"
-            )
 
     def _check_attempt(self) -> None:
         self._check()

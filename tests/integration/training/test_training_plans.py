@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moesaic.cluster.expert_keys import TRUNK
-from moesaic.cluster.training.host_memory import HostMemory, memory_of_hosts
+from moesaic.cluster.training.host_memory import HostMemory
 from moesaic.cluster.training.step_bytes import (
     TrainingStep,
     all_to_all_bytes,
@@ -95,23 +95,22 @@ def measured(folder: Path, request: pytest.FixtureRequest) -> Iterator[Measured]
             optimizer.step()
             optimizer.zero_grad()
             peaks.look("at rest")
-        steps: Any = optimizer.run
-        run = steps._steps
-        sizes = {key: one.memory for key, one in run.plan.tensors.items()}
+        run: Any = optimizer.run
+        sizes = {key: one.memory for key, one in run._plan.tensors.items()}
         step = TrainingStep(
             tokens=IDS.numel(),
             layers=LAYERS,
             hidden=HIDDEN,
             top_k=TOP_K,
             hosts=case.hosts,
+            replicas=case.replicas,
+            redundancy=case.redundancy,
             weight_bytes=case.dtype.itemsize,
             expert_parameters=sum(one.gradient for one in sizes.values()) // 4,
             trunk_parameters=sum(o.master for k, o in sizes.items() if k.layer == TRUNK) // 4,
-            replicas=case.replicas,
-            redundancy=case.redundancy,
             lent=case.lent,
         )
-        planned = memory_of_hosts(sizes, run.owners, pool.now().holders, lent=case.lent)
+        planned = run.planned_memory(lent=case.lent)
     yield Measured(case, peaks.found, moved, planned, step)
 
 
