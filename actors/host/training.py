@@ -42,6 +42,7 @@ from ...cluster.training.orders import (
 )
 from ...proto.errors import BadInput, Busy, CallError, MoesaicError, NotHere, Superseded
 from ..runtime.devices import machine_memory
+from ..runtime.garbage import return_freed_memory
 from .gradients import HostGradients
 from .run_tensors import RunTensors, check_shape
 from .weight_store import ExpertStore, ServedWeights
@@ -170,6 +171,7 @@ class HostTraining:
         self._on_loop(HostGradients.forget)
         self._run = None
         self._renewed = 0, set()
+        return_freed_memory()  # before anybody looks how much is free
 
     def _run_of(self, number: RunId) -> RunTensors:
         """Return an open run. Raises Superseded and NotHere."""

@@ -7,17 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from moesaic.actors.host.training import HostTraining
+from moesaic.actors.runtime.devices import machine_memory
 from moesaic.cluster.expert_keys import TRUNK
 from moesaic.cluster.training.host_memory import HostMemory
+from moesaic.cluster.training.orders import Opened, OpenRun
 from moesaic.cluster.training.step_bytes import (
     TrainingStep,
     all_to_all_bytes,
     call_bytes,
     hosts_of_token,
 )
+from moesaic.proto.errors import ClusterError
 from tests.helpers.pool.serving import PATIENT
 from tests.helpers.training.counting import MovedBytes, Peaks, counting
 from tests.helpers.training.runs import optimizing, training_pool
@@ -112,6 +117,59 @@ def measured(folder: Path, request: pytest.FixtureRequest) -> Iterator[Measured]
         )
         planned = run.planned_memory(lent=case.lent)
     yield Measured(case, peaks.found, moved, planned, step)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"host-0": 10**9, "host-1": 10**9}
+    monkeypatch.setattr(HostTraining, "_opened", lambda self: Opened(free[self._host]))
+    with training_pool(folder, dtype=F32) as pool:
+        with optimizing(pool, folder, dtype=F32) as (_, optimizer):
+            run: Any = optimizer.run
+            planned = run.planned_memory().values()
+        # The hosts are on one machine, which they share.
+        needed = sum(one.least - one.weights for one in planned)
+        free["host-1"] = needed
+        with optimizing(pool, folder, dtype=F32, run=2):
+            pass
+        free["host-1"] -= 1
+        with (
+            pytest.raises(
+                ClusterError, match="m cannot be trained with AdamW here: host-0, host-1"
+            ),
+            optimizing(pool, folder, dtype=F32, run=3),
+        ):
+            raise AssertionError("it must not begin")
+        assert [host.report().owned for host in pool.hosts.hosts] == [0, 0]
+        assert pool.ended
+        with optimizing(pool, folder, dtype=F32, run=4, optimizer="SGD"):
+            pass  # no state, so there is room
+
+
+def test_a_host_says_what_its_machine_has_free(folder: Path) -> None:
+    total, _ = machine_memory()
+    with training_pool(folder, dtype=F32, hosts=1) as pool:
+        (host,) = pool.hosts.hosts
+        for _ in range(2):  # an order that comes again is answered again
+            opened = host.train(OpenRun(run=1, model="m", optimizer="SGD"))
+            assert isinstance(opened, Opened)
+            assert opened.free_bytes is not None
+            assert 0 < opened.free_bytes <= total
+
+
+def test_memory_of_a_run_goes_back_to_the_system(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    folder = saved(tmp_path, "mixtral", **sizes)
+    process = psutil.Process()
+    with training_pool(folder, dtype=BF16, hosts=1) as pool:
+        with optimizing(pool, folder, dtype=BF16) as (model, optimizer):
+            loss_of(model, IDS).backward()
+            optimizer.step()
+            run: Any = optimizer.run
+            (planned,) = run.planned_memory().values()
+            used = process.memory_info().rss
+        assert used - process.memory_info().rss > 0.8 * (planned.masters + planned.state)
 
 
 def test_memory_of_a_host_is_within_ten_percent_of_the_plan(measured: Measured) -> None:
