@@ -5,7 +5,7 @@
 A cluster on Ray with two hosts trains a model with AdamW. Memory is what is resident (RSS), and its
 peak within a step is the kernel's (VmHWM), so nothing is missed between two looks. What a host's
 process has before the run begins, besides its weights, is not counted. `at rest` is between two
-steps; a step's peak is compared with the plan's largest number (`HostMemory.most`).
+steps.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class HostFound:
     host: str
     at_rest_planned: int
     at_rest: int
-    peak_least: int  # of a step whose parts do not overlap
     peak_planned: int
     peak: int
 
@@ -131,8 +130,7 @@ def measure(case: Case, steps: int) -> list[HostFound]:
             host=name,
             at_rest_planned=plan.at_rest,
             at_rest=rests[name] - before[name] + plan.weights,
-            peak_least=plan.least,
-            peak_planned=plan.most,
+            peak_planned=plan.peak,
             peak=peaks[name] - before[name] + plan.weights,
         )
         for name, plan in sorted(planned.items())
@@ -174,7 +172,7 @@ def show(found: Mapping[str, list[HostFound]]) -> None:
                 _mb(one.at_rest_planned),
                 _mb(one.at_rest),
                 _ratio(one.at_rest_ratio),
-                f"{_mb(one.peak_least)} - {_mb(one.peak_planned)}",
+                _mb(one.peak_planned),
                 _mb(one.peak),
                 _ratio(one.peak_ratio),
             )

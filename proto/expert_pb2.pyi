@@ -301,7 +301,7 @@ class WeightsChunk(_message.Message):
     def __init__(self, key: _Optional[_Union[WeightsKey, _Mapping]] = ..., total_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Bulk(_message.Message):
-    __slots__ = ("hello", "get", "put", "written", "too_small", "done", "refusal")
+    __slots__ = ("hello", "get", "put", "written", "too_small", "done", "refusal", "lend")
     class Hello(_message.Message):
         __slots__ = ("wire_version", "proof")
         WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -325,6 +325,26 @@ class Bulk(_message.Message):
         key: WeightsKey
         total_bytes: int
         def __init__(self, seq: _Optional[int] = ..., key: _Optional[_Union[WeightsKey, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    class Lend(_message.Message):
+        __slots__ = ("seq", "key", "tensors")
+        SEQ_FIELD_NUMBER: _ClassVar[int]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        TENSORS_FIELD_NUMBER: _ClassVar[int]
+        seq: int
+        key: WeightsKey
+        tensors: _containers.RepeatedCompositeFieldContainer[Bulk.Tensor]
+        def __init__(self, seq: _Optional[int] = ..., key: _Optional[_Union[WeightsKey, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Bulk.Tensor, _Mapping]]] = ...) -> None: ...
+    class Tensor(_message.Message):
+        __slots__ = ("name", "dtype", "shape", "at")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        DTYPE_FIELD_NUMBER: _ClassVar[int]
+        SHAPE_FIELD_NUMBER: _ClassVar[int]
+        AT_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        dtype: DType
+        shape: _containers.RepeatedScalarFieldContainer[int]
+        at: int
+        def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., at: _Optional[int] = ...) -> None: ...
     class Written(_message.Message):
         __slots__ = ("seq", "bytes", "total_bytes", "checksum")
         SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -355,6 +375,7 @@ class Bulk(_message.Message):
     TOO_SMALL_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    LEND_FIELD_NUMBER: _ClassVar[int]
     hello: Bulk.Hello
     get: Bulk.Get
     put: Bulk.Put
@@ -362,7 +383,8 @@ class Bulk(_message.Message):
     too_small: Bulk.TooSmall
     done: Bulk.Done
     refusal: Refusal
-    def __init__(self, hello: _Optional[_Union[Bulk.Hello, _Mapping]] = ..., get: _Optional[_Union[Bulk.Get, _Mapping]] = ..., put: _Optional[_Union[Bulk.Put, _Mapping]] = ..., written: _Optional[_Union[Bulk.Written, _Mapping]] = ..., too_small: _Optional[_Union[Bulk.TooSmall, _Mapping]] = ..., done: _Optional[_Union[Bulk.Done, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    lend: Bulk.Lend
+    def __init__(self, hello: _Optional[_Union[Bulk.Hello, _Mapping]] = ..., get: _Optional[_Union[Bulk.Get, _Mapping]] = ..., put: _Optional[_Union[Bulk.Put, _Mapping]] = ..., written: _Optional[_Union[Bulk.Written, _Mapping]] = ..., too_small: _Optional[_Union[Bulk.TooSmall, _Mapping]] = ..., done: _Optional[_Union[Bulk.Done, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., lend: _Optional[_Union[Bulk.Lend, _Mapping]] = ...) -> None: ...
 
 class PutWeightsResult(_message.Message):
     __slots__ = ("bytes",)

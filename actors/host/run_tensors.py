@@ -42,8 +42,7 @@ class RunTensors:
     Memory, besides that of `OwnedTensors`: the gradients of experts that had tokens here, from
     `gather` to the commit or the next attempt. The sum of a key that this host owns is another
     tensor, unless its only source is here; then it is that one. What was put: gradients of blocks
-    of the trunk until they are summed up, weights and state until the key is owned. A reader of
-    what is owned has a copy of one key.
+    of the trunk until they are summed up, weights and state until the key is owned.
     """
 
     def __init__(self, host: str, store: ExpertStore, opened: OpenRun) -> None:
@@ -226,30 +225,26 @@ class RunTensors:
         if key.model != self.opened.model:
             raise CallError(f"{key}: run {self.opened.run} trains {self.opened.model!r}")
 
-    def read(self, wanted: BulkKey) -> Mapping[str, Tensor]:
-        """Return tensors that no commit changes: a gradient itself, copies of what is owned.
-
-        Raises NotHere.
-        """
+    @contextmanager
+    def reading(self, wanted: BulkKey) -> Iterator[Mapping[str, Tensor]]:
+        """Give tensors; inside of the block no commit changes them. Raises NotHere."""
         key = wanted.key
         if wanted.kind == "gradient":
             if wanted.attempt is None or wanted.source != self._host:
                 raise NotHere(f"{key}: {self._host} has its own gradients, not {wanted.source!r}'s")
             self.check_attempt(wanted.attempt)
-            return self.kept_gradient(key, wanted.source)
+            yield self.kept_gradient(key, wanted.source)
+            return
         with self._holding():
             if wanted.kind == "state":
                 self._check_run(wanted.run)
-                return {name: tensor.clone() for name, tensor in self.owned.state(key).items()}
+                yield self.owned.state(key)
+                return
             version = self._versions.get(key)
             if version != wanted.version:
                 found = "another host owns it" if version is None else f"it has version {version}"
                 raise NotHere(f"version {wanted.version} of {key} is not on {self._host}: {found}")
-            masters = self.owned.masters(key)
-            return {
-                name: tensor.clone() if tensor is masters[name] else tensor
-                for name, tensor in self.owned.weights(key).items()
-            }
+            yield self.owned.weights(key)
 
     def put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
         """Keep a gradient, or what a key is to be owned from.

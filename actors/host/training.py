@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from ...cluster.expert_keys import TRUNK, ExpertKey, ExpertVersion
-from ...cluster.host.residency import Residency
+from ...cluster.host.residency import LayerShape, Residency
 from ...cluster.placement import HostEntry
 from ...cluster.training.contributions import Attempt
 from ...cluster.training.orders import (
@@ -303,41 +302,52 @@ class HostTraining:
             else:
                 failures.append(NotHere(f"{key} is not on {self._host}: it has nothing to renew"))
 
-        def fetch(held: ExpertVersion) -> list[tuple[ExpertVersion, dict[str, Tensor]]]:
+        def fetch(held: ExpertVersion) -> Mapping[ExpertVersion, LayerShape] | None:
             try:
-                return [self._fetch(order, held)]
+                return self._fetch(order, held)
             except MoesaicError as error:
                 failures.append(error)
-                return []
+                return None
 
         with _fetching(self._host) as pool:
             for some in _parts(due):
-                found = list(chain.from_iterable(pool.map(fetch, some)))
-                self._serve(found)
-                done.update(new.key for new, _ in found)
+                found = zip(some, pool.map(fetch, some), strict=True)
+                kept = {held.key: one for held, one in found if one is not None}
+                new = {one: shape for of_key in kept.values() for one, shape in of_key.items()}
+                if new:
+                    self._served.admit(new)
+                done.update(kept)
         if failures:
             raise failures[0]
 
-    def _fetch(self, order: Renew, held: ExpertVersion) -> tuple[ExpertVersion, dict[str, Tensor]]:
+    def _fetch(self, order: Renew, held: ExpertVersion) -> Mapping[ExpertVersion, LayerShape]:
+        """Keep an expert's new version as its owner has it."""
         new = ExpertVersion(held.key, order.version)
         wanted = BulkKey("weights", new.key, version=new.version)
         with self._links.get(order.owners[new.key], wanted, timeout_s=FETCH_S) as found:
-            tensors = {name: tensor.clone() for name, tensor in found.items()}
-        tensors = self._whole(held, tensors)
-        self._served.check(new, tensors)
-        return new, tensors
+            tensors = self._whole(held, dict(found))
+            self._served.check(new, tensors)
+            return self._until_room(lambda: self._served.keep(new, tensors))
 
     def _serve(self, given: list[tuple[ExpertVersion, dict[str, Tensor]]]) -> None:
         """Serve versions; wait while the controller still evicts older ones. Raises Busy."""
+
+        def serve() -> None:
+            self._served.serve(
+                [(one, tensors) for one, tensors in given if not self._residency.serves(one)]
+            )
+
+        self._until_room(serve)
+
+    def _until_room(self, act: Callable[[], T]) -> T:
+        """Do something again while it raises Busy, for ROOM_S."""
         until = time.monotonic() + ROOM_S
         while True:
             try:
-                self._served.serve(given)
-                return
+                return act()
             except Busy:
                 if time.monotonic() >= until:
                     raise
-            given = [(one, tensors) for one, tensors in given if not self._residency.serves(one)]
             time.sleep(_PAUSE_S)
 
     def _whole(self, held: ExpertVersion, trained: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -352,9 +362,11 @@ class HostTraining:
         """Return the tensors that a key names. Raises NotHere and CallError."""
         served = ExpertVersion(wanted.key, wanted.version)
         if wanted.kind == "weights" and self._residency.serves(served):
-            yield self._store.get(served)
+            with self._store.reading(served) as tensors:
+                yield tensors
         else:
-            yield self._open_run(wanted.key).read(wanted)
+            with self._open_run(wanted.key).reading(wanted) as tensors:
+                yield tensors
 
     def put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
         """Take over what a run puts here. Raises NotHere, CallError and Busy."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersi
 from ...cluster.host.residency import LayerShape, Residency
 from ...cluster.placement import ModelRef
 from ...cluster.update_folder import UpdateFolder
-from ...kernels.ffn import ExpertForm, ExpertWeights
+from ...kernels.ffn import ExpertForm, ExpertWeights, all_finite
 from ...kernels.slabs.bounded_memory import MemoryBudget
 from ...kernels.slabs.layer_arithmetic import LayerArithmetic
 from ...models.folder.expert_file import read_expert
@@ -264,13 +265,24 @@ class ExpertStore:
         else:
             _check(key, layer, tensors, torch_dtype(model.ref.dtype))
 
-    def get(self, wanted: ExpertVersion) -> dict[str, Tensor]:
-        """Return the tensors of an expert, as `put` accepts them. Raises NotHere and CallError."""
+    @contextmanager
+    def reading(self, wanted: ExpertVersion) -> Iterator[Mapping[str, Tensor]]:
+        """Give the tensors of an expert, as `put` accepts them, inside of the block alone.
+
+        Meanwhile none is kept or dropped. Raises NotHere and CallError.
+        """
         key = wanted.key
         model, layer = self._layer(key)
         if key.expert == SHARED:
-            return {name: parameter.data for name, parameter in shared_parameters(layer).items()}
-        return model.memory.read(wanted)
+            yield {name: parameter.data for name, parameter in shared_parameters(layer).items()}
+            return
+        with model.memory.reading(wanted) as tensors:
+            yield tensors
+
+    def get(self, wanted: ExpertVersion) -> dict[str, Tensor]:
+        """Return copies of what `reading` gives."""
+        with self.reading(wanted) as tensors:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def lacks_shared(self, key: LayerKey) -> bool:
         """Return whether tensors that the experts of a layer have in common are still missing."""
@@ -363,7 +375,7 @@ class ServedWeights:
         """Raise CallError for tensors that do not fit or are not finite, and NotHere."""
         self._store.check(given.key, tensors)
         for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
+            if not (all_finite(tensor) or tensor.isfinite().all()):
                 raise CallError(f"{given}: {name} has values that are not finite")
 
     def serve(self, given: Iterable[tuple[ExpertVersion, Mapping[str, Tensor]]]) -> None:
@@ -373,18 +385,30 @@ class ServedWeights:
         Forbidden if other tensors are served under the same name.
         """
         kept: dict[ExpertVersion, LayerShape] = {}
+        try:
+            for one, tensors in given:
+                kept |= self.keep(one, tensors)
+        finally:
+            if kept:
+                self.admit(kept)
+
+    def keep(
+        self, given: ExpertVersion, tensors: Mapping[str, Tensor]
+    ) -> dict[ExpertVersion, LayerShape]:
+        """Keep weights; return what `admit` is to be called with, nothing if they are served.
+
+        Raises what `serve` raises.
+        """
         with self._putting:
-            try:
-                for one, tensors in given:
-                    if self._is_served(one):
-                        self._check_same(one, tensors)
-                        continue
-                    shape = self._store.put(one, tensors)
-                    if one.key.expert != SHARED:
-                        kept[one] = shape
-            finally:
-                if kept:
-                    self._hold(kept)
+            if self._is_served(given):
+                self._check_same(given, tensors)
+                return {}
+            shape = self._store.put(given, tensors)
+            return {} if given.key.expert == SHARED else {given: shape}
+
+    def admit(self, kept: Mapping[ExpertVersion, LayerShape]) -> None:
+        """Admit calls for what was kept."""
+        self._hold(kept)
 
     def _check_same(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> None:
         held = self._store.get(given)

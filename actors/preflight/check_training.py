@@ -54,25 +54,25 @@ def check_training_memory(spec: Spec, models: Mapping[str, ModelDescription]) ->
             one.experts_bytes * replicas[name] for name, one in models.items() if name != model.name
         )
         hosts = plan_training(spec, model, described)
-        bare = others + hosts.without_state().least
+        bare = others + hosts.without_state().peak
         # The process that trains has the trunk's weights, and gradients of the same type.
         processes = spec.num_hosts + trunks * len(models) + 1
-        wanted = others + hosts.most + 2 * described.trunk_bytes + HOST_BYTES * processes
+        wanted = others + hosts.peak + 2 * described.trunk_bytes + HOST_BYTES * processes
         path, name = f"models.{number}.train", repr(model.name)
         if others + hosts.weights > total:
             continue
         if bare > total:
-            text = f"weights, masters and gradients of {name} need {gb(bare)} of memory while it "
-            text += f"is trained, whatever the optimizer, and this machine has {gb(total)}; use "
+            text = f"masters, gradients and two versions of the weights of {name} need {gb(bare)} "
+            text += f"of memory, whatever the optimizer, and this machine has {gb(total)}; use "
             text += "fewer replicas, less redundancy, bfloat16, or a Ray of several machines "
             yield Finding(severity="error", path=path, message=f"{text}(ray.address)")
         elif wanted > free:
-            text = f"to train all of {name} with {ASSUMED} takes up to {gb(wanted)} of memory, "
+            text = f"to train all of {name} with {ASSUMED} takes {gb(wanted)} of memory, "
             text += f"of which hosts need {gb(hosts.masters)} for masters, {gb(hosts.state)} for "
-            text += f"the optimizer's state and {gb(hosts.passing)} for gradients and a second "
-            text += f"version of the weights; this machine has {gb(free)} free of {gb(total)}: use "
-            text += "fewer replicas, less redundancy or bfloat16, train a part of the model, or "
-            text += "choose an optimizer with less state"
+            text += f"the optimizer's state, {gb(hosts.weights)} for a second version of the "
+            text += f"weights and {gb(hosts.passing)} for gradients; this machine has {gb(free)} "
+            text += f"free of {gb(total)}: use fewer replicas, less redundancy or bfloat16, train "
+            text += "a part of the model, or choose an optimizer with less state"
             yield Finding(severity="warning", path=path, message=text)
 
 

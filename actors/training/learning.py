@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.training.contributions import Attempt
+from ...kernels.backward.accumulators import SumMemory
 from ...models.trunk.trainable import check_trainable
 from ...proto.errors import BadExpert, StepLost, describe_error
 from ...proto.wire import wide
@@ -69,6 +70,10 @@ class Learning:
         self._layers: set[int] = set()
         self._lent = LentLayers(router, model, dtype, sums_limit_bytes)
         self._broken: str | None = None  # why gradients of the attempt may be missing
+
+    def use(self, memory: SumMemory | None) -> None:
+        """Forget what was added up here, and let the sums that follow lie in ``memory``."""
+        self._lent.use(memory)
 
     def begin(self, attempt: Attempt) -> None:
         """Let what follows belong to an attempt that has begun on all hosts."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
-from ...kernels.backward.accumulators import GradientAccumulators
+from ...kernels.backward.accumulators import GradientAccumulators, SumMemory
 from ...kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm
 from ...kernels.backward.kept import KeptCall, keeping_forward, kept_backward
 from ...kernels.ffn import all_finite, wide_dtype
@@ -124,6 +124,10 @@ class LentLayers:
                 return None
             pending.accumulate(self._sums, key.expert)
         return grad_x_TH.to(x_TH), grad_weights_TK.to(weights_TK)
+
+    def use(self, memory: SumMemory | None) -> None:
+        """Forget the sums, and let those that follow lie in ``memory``."""
+        self._sums = GradientAccumulators(memory=memory)
 
     def take(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """Return the sums by expert and name, in the wide type, and forget them."""

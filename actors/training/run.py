@@ -26,7 +26,7 @@ from ...cluster.expert_keys import TRUNK, ExpertKey
 from ...cluster.spec.text import bytes_of
 from ...cluster.training.host_memory import HostMemory
 from ...cluster.training.orders import BulkKey, GroupUpdate, Order
-from ...cluster.training.run_plan import PoolNow
+from ...cluster.training.run_plan import PoolNow, RunPlan
 from ...cluster.training.steps import Answers, Exchange, Squares, TrainingSteps
 from ...models.export.plan import plan_export
 from ...models.export.training_checkpoint import read_checkpoint
@@ -39,6 +39,7 @@ from ...proto.errors import (
     Superseded,
     describe_error,
 )
+from ..transport.bulk.lent_memory import LentMemory
 from ..transport.bulk.links import BulkLinks
 from .learning import Learning
 from .saving import LoadedRun, SavedRun
@@ -121,6 +122,11 @@ class PoolRun:
             read=self._reading,
         )
         self._saving: Future[None] | None = None
+        # Gradients lie here, and hosts of this node read them here. If a host that was given some
+        # may still read them when the next ones are written, these lie elsewhere (`_begun`).
+        self._memory = _gradient_memory(plan)
+        self._lent_to: set[tuple[str, int]] = set()  # (host, incarnation), in this memory
+        trunk.learning.use(self._memory)
         # Held during each exchange with hosts: the keeper of the lease has some of its own.
         self._lock = threading.Lock()
         self._served = steps.versions
@@ -217,6 +223,7 @@ class PoolRun:
                     "be left out of the step; set them to None before the norm is taken"
                 )
             with self._attempt():
+                room = self._threads.submit(self._await_room)
                 keys = [
                     key
                     for key, names in self._blocks.items()
@@ -230,7 +237,7 @@ class PoolRun:
                 )
                 self._exchange(self._steps.reduce_trunk(keys, self._trunk.name))
                 self._await_saving()
-                self._await_room()
+                room.result()
                 self._exchange(self._steps.commit(groups))
             self._settle()
 
@@ -317,6 +324,8 @@ class PoolRun:
                 log.warning("run %d could not be ended: %s", self.run, error)
             self._over = ClusterError("the training run was closed")
         self._links.close()
+        self._trunk.learning.use(None)
+        self._memory.close()
 
     # ---- one step -------------------------------------------------------------------------------
 
@@ -345,6 +354,12 @@ class PoolRun:
 
     def _begun(self) -> None:
         self._without, self._squares = None, {}
+        if not self._steps.lost and not self._lent_to <= self._steps.members:
+            # One that has begun the attempt has forgotten what it was given for another.
+            self._memory.close()
+            self._memory = _gradient_memory(self._plan)
+            self._lent_to.clear()
+            self._trunk.learning.use(self._memory)
         if lost := self._steps.lost:
             self._trunk.learning.end(f"{lost}; call zero_grad() to try again")
         else:
@@ -354,15 +369,19 @@ class PoolRun:
         """Wait until hosts have no version before the served one: they hold two at a time."""
         until = time.monotonic() + PUBLISH_S
         while self._pool.now().old_versions and time.monotonic() < until:
-            time.sleep(_PAUSE_S)
+            if self._stop.wait(_PAUSE_S):
+                return
 
     def _put_weights(self, key: ExpertKey) -> None:
         given = BulkKey("weights", key, run=self.run)
         self._put(given, {name: self._parameters[name].detach() for name in self._blocks[key]})
 
     def _put_gradients(self, key: ExpertKey, gradients: Mapping[str, Tensor]) -> None:
-        attempt, source = self._steps.attempt, self._trunk.name
-        self._put(BulkKey("gradient", key, attempt=attempt, source=source), gradients)
+        given = BulkKey("gradient", key, attempt=self._steps.attempt, source=self._trunk.name)
+        lying = self._memory.hold(key, gradients)
+        for entry in self._steps.owning(key):
+            self._lent_to.add((entry.host, entry.incarnation))
+            self._links.put(entry, given, lying, timeout_s=BULK_S, memory=self._memory)
 
     def _put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
         for entry in self._steps.owning(given.key):
@@ -451,6 +470,11 @@ class PoolRun:
                     log.warning("run %d: %s: %s", self.run, host, error)
         finally:
             self._lock.release()
+
+
+def _gradient_memory(plan: RunPlan) -> LentMemory:
+    trained = plan.tensors.values()
+    return LentMemory(sum(one.nbytes for one in trained), sum(len(one.groups) for one in trained))
 
 
 def _bytes(size: int | str) -> int:

@@ -31,7 +31,7 @@ class TrainedBytes(NamedTuple):
 class HostMemory:
     """What one host takes, or several together, by what it is for."""
 
-    weights: int = 0  # of the experts that are served, once
+    weights: int = 0  # of one version of the experts that are served
     masters: int = 0
     state: int = 0
     added: int = 0  # gradients of the experts that are served, while calls are added to them
@@ -43,8 +43,11 @@ class HostMemory:
 
     @property
     def at_rest(self) -> int:
-        """Between two steps."""
-        return self.weights + self.masters + self.state
+        """Between two steps; the first one has made state and the second version of the weights.
+
+        Both versions keep their memory, and steps fill one after the other.
+        """
+        return 2 * self.weights + self.masters + self.state
 
     @property
     def learning(self) -> int:
@@ -57,24 +60,13 @@ class HostMemory:
         return self.at_rest + self.gathered + self.sums
 
     @property
-    def committed(self) -> int:
-        """Once the next version of the weights lies beside the served one."""
-        return self.at_rest + self.weights
-
-    @property
-    def least(self) -> int:
-        """The peak of a step whose parts do not overlap."""
-        return max(self.learning, self.reduced, self.committed)
-
-    @property
-    def most(self) -> int:
-        """The peak if the version before is still in use while gradients are summed up."""
-        return self.at_rest + self.weights + max(self.added + self.kept, self.gathered + self.sums)
+    def peak(self) -> int:
+        return max(self.learning, self.reduced)
 
     @property
     def passing(self) -> int:
-        """What comes and goes with each step: gradients, activations, a version of the weights."""
-        return self.most - self.at_rest
+        """What comes and goes with each step: gradients and activations."""
+        return self.peak - self.at_rest
 
     def without_state(self) -> HostMemory:
         """Return the same with an optimizer that keeps nothing."""
@@ -82,8 +74,8 @@ class HostMemory:
 
     def __str__(self) -> str:
         return (
-            f"{gb(self.most)} ({gb(self.weights)} of weights, {gb(self.masters)} of masters, "
-            f"{gb(self.state)} of optimizer state, up to {gb(self.passing)} in a step)"
+            f"{gb(self.peak)} (twice {gb(self.weights)} of weights, {gb(self.masters)} of masters, "
+            f"{gb(self.state)} of optimizer state, {gb(self.passing)} in a step)"
         )
 
     def __add__(self, other: HostMemory) -> HostMemory:
@@ -104,8 +96,9 @@ def memory_of_hosts(
     """Return what each host takes if every replica of an expert gets tokens.
 
     ``holders`` are the hosts that serve an expert. ``lent``: the trunk's process computes all
-    backward calls, and puts the sums into the owners. No host takes more then than otherwise.
-    ``kept`` is how many bytes of activations a host may keep.
+    backward calls, and puts the sums into the owners. No host takes more then than otherwise; on
+    the trunk's machine all that it puts is its own memory, which hosts only look at. ``kept`` is
+    how many bytes of activations a host may keep.
     """
     found: dict[str, HostMemory] = defaultdict(lambda: HostMemory(kept=kept))
     for key, one in trained.items():
@@ -158,13 +151,12 @@ def shortage(
     for node, hosts in sorted(machines.items()):
         memory = sum((planned[host] for host in hosts), HostMemory())
         free = min(found for host in hosts if (found := free_bytes[host]) is not None)
-        need = memory.least - memory.weights
+        need = memory.peak - memory.weights
         if need > free:
-            steps = need - memory.masters - memory.state
             return (
                 f"{', '.join(hosts)} on {node} need {gb(need)} of memory besides the weights that "
                 f"they serve, and {gb(free)} are free: {gb(memory.masters)} for masters, "
-                f"{gb(memory.state)} for the optimizer's state, {gb(steps)} for gradients and the "
-                "next version of the weights"
+                f"{gb(memory.state)} for the optimizer's state, {gb(memory.weights)} for a second "
+                f"version of the weights, {gb(memory.passing)} for gradients"
             )
     return ""

@@ -110,6 +110,11 @@ class TrainingSteps:
         return Attempt(self.plan.run, self._turn, self._number)
 
     @property
+    def members(self) -> set[tuple[str, int]]:
+        """The hosts that know the run, with their incarnations."""
+        return set(self._members.items())
+
+    @property
     def lost(self) -> str:
         """Why the attempt cannot be committed any more; empty if it can."""
         return self.broken or self._lost

@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..ffn import all_finite, wide_dtype
 
-_ELEMENTS_OF_A_PIECE = 1 << 20  # that are converted to float64 at once
+# That are converted to float64 at once: few enough to stay in a core's cache.
+_ELEMENTS_OF_A_PIECE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +30,22 @@ class _Sum:
         return self.sum.to(self.dtype)
 
 
+class SumMemory(Protocol):
+    """Where sums may lie instead of in memory of their own."""
+
+    def tensor(self, place: Hashable, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Return the tensor of a place, with any content; None if there is no room for it.
+
+        The same place is the same memory every time.
+        """
+        ...
+
+
 class GradientAccumulators:
     """Sums of gradients, by expert (any key) and by the tensor's name, in the model's layout.
 
-    A sum is in the wide type: float32, or float64 for float64 experts. It begins at zero when
-    something is first added, so experts that no token has used have none and take no memory.
+    A sum is in the wide type: float32, or float64 for float64 experts. It is made when something is
+    first added, so experts that no token has used have none and take no memory.
 
     With ``exact`` sums are float64 and are rounded once, when they are taken. Sums in two orders
     differ by some 2^-52 of their largest term, and that shows in float32 only across a border of
@@ -42,8 +55,13 @@ class GradientAccumulators:
     any thread may add to them; but one at a time, because nothing here takes a lock.
     """
 
-    def __init__(self, *, exact: bool = False) -> None:
+    def __init__(self, *, exact: bool = False, memory: SumMemory | None = None) -> None:
+        """``memory`` is for the sums of experts on the CPU, as long as it has room.
+
+        Whoever gives it sees to it that nobody reads sums of before when new ones are begun.
+        """
         self.exact = exact
+        self._memory = memory
         self._sums: dict[Hashable, dict[str, _Sum]] = {}
 
     def __contains__(self, key: Hashable) -> bool:
@@ -63,18 +81,25 @@ class GradientAccumulators:
     def add(self, key: Hashable, name: str, gradient: Tensor) -> None:
         """Add a tensor's gradient, of the tensor's shape."""
         wide = wide_dtype(gradient.dtype)
-        self._sum(key, name, gradient.shape, wide, gradient.device).add_(gradient)
+        total, is_new = self._sum(key, name, gradient.shape, wide, gradient.device)
+        if is_new:
+            total.copy_(gradient)
+        else:
+            total.add_(gradient)
 
     def add_product(self, key: Hashable, name: str, left_RM: Tensor, right_RN: Tensor) -> None:
         """Add left.T @ right, (M, N), computed in the wide type."""
         wide = wide_dtype(left_RM.dtype)
         left_MR, right_RN = left_RM.to(wide).t(), right_RN.to(wide)
         shape = torch.Size((left_MR.shape[0], right_RN.shape[1]))
-        total_MN = self._sum(key, name, shape, wide, left_RM.device)
-        if total_MN.dtype == wide:
-            total_MN.addmm_(left_MR, right_RN)  # one pass over the sum
+        total_MN, is_new = self._sum(key, name, shape, wide, left_RM.device)
+        if total_MN.dtype != wide:
+            product_MN = left_MR @ right_RN
+            total_MN.copy_(product_MN) if is_new else total_MN.add_(product_MN)
+        elif is_new:
+            torch.mm(left_MR, right_RN, out=total_MN)
         else:
-            total_MN.add_(left_MR @ right_RN)
+            total_MN.addmm_(left_MR, right_RN)  # one pass over the sum
 
     def add_rows(self, key: Hashable, name: str, rows_RN: Tensor) -> None:
         """Add the sum of the rows, (N,), computed in the wide type."""
@@ -111,21 +136,27 @@ class GradientAccumulators:
 
     def _sum(
         self, key: Hashable, name: str, shape: torch.Size, wide: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """Return the sum of a tensor's gradients so far; it is made here if there is none."""
+    ) -> tuple[Tensor, bool]:
+        """Return the sum of a tensor's gradients so far, and whether it is new: not yet written."""
         sums = self._sums.setdefault(key, {})
-        if name not in sums:
+        is_new = name not in sums
+        if is_new:
             dtype = torch.float64 if self.exact else wide
-            # A tensor that is made in inference mode cannot be changed outside of it.
-            with torch.inference_mode(False):
-                sums[name] = _Sum(torch.zeros(shape, dtype=dtype, device=device), wide)
+            made = None
+            if self._memory is not None and device.type == "cpu":
+                made = self._memory.tensor((key, name), shape, dtype)
+            if made is None:
+                # A tensor that is made in inference mode cannot be changed outside of it.
+                with torch.inference_mode(False):
+                    made = torch.empty(shape, dtype=dtype, device=device)
+            sums[name] = _Sum(made, wide)
         found = sums[name].sum
         if found.shape != shape:
             raise ValueError(
                 f"{name} of expert {key}: a gradient of {tuple(shape)} cannot be added to a sum "
                 f"of {tuple(found.shape)}"
             )
-        return found
+        return found, is_new
 
 
 def sum_of_squares(tensor: Tensor) -> float:
@@ -134,8 +165,10 @@ def sum_of_squares(tensor: Tensor) -> float:
     It is NaN or infinite if some element is, or if the sum is too large for float64.
     """
     rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-    pieces = rows.split(max(1, _ELEMENTS_OF_A_PIECE // max(1, rows.shape[1])))
-    squares = (row for piece in pieces for row in piece.double().square().sum(dim=1).tolist())
+    squares: list[float] = []
+    for piece in rows.split(max(1, _ELEMENTS_OF_A_PIECE // max(1, rows.shape[1]))):
+        wide = piece.to(torch.float64, copy=True)
+        squares += torch.mul(wide, wide, out=wide).sum(dim=1).tolist()
     try:
         # `fsum` makes no rounding error of its own, so how the tensor is cut does not show.
         return math.fsum(squares)

@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from .. import onednn
 from ..ffn import ExpertWeights
 from ..fused import LayerBank
 from . import memfd
-from .checksum import checksum
+from .checksum import checksum, copy_and_digest, octets
 from .layout import COPIES, LayerLayout, Packing, SlabLayout, SlotTensor
 from .slot_entries import SlotEntries
 
@@ -157,18 +158,25 @@ class Slab(SlabReader):
                 f"layer {layer}: its experts consist of {wanted}, but {', '.join(given)} were given"
             )
         self.entries.begin(slot)
+        digest = xxhash.xxh3_64()
         try:
             for tensor in shape.tensors:
-                memory = self._bytes(layer, tensor, expert, copy)
+                memory, weight = self._bytes(layer, tensor, expert, copy), given[tensor.name]
                 if tensor.packed is not None:
-                    onednn.copy_into(memory, given[tensor.name])
+                    onednn.copy_into(memory, weight)
+                    digest.update(memory.numpy().data)
+                elif weight.dtype == tensor.dtype and weight.shape == tensor.shape:
+                    copy_and_digest(octets(weight), memory.numpy(), digest)
                 else:
-                    memory.view(tensor.dtype).view(tensor.shape).copy_(given[tensor.name])
+                    raise ValueError(
+                        f"{tensor.name} of layer {layer} is {tensor.dtype} {tuple(tensor.shape)}, "
+                        f"but {weight.dtype} {tuple(weight.shape)} was given"
+                    )
         except BaseException:
             self._punch(layer, expert, copy)
             self.entries.empty(slot)
             raise
-        self.entries.fill(slot, version, checksum=self._checksum(layer, expert, copy))
+        self.entries.fill(slot, version, checksum=digest.intdigest())
         self.nbytes += shape.expert_bytes
         return self.view(layer, expert, copy)
 
@@ -182,15 +190,24 @@ class Slab(SlabReader):
             for t in self.layout.layers[layer].tensors
         )
 
-    def free(self, layer: int, expert: int, copy: int = 0) -> None:
-        """Empty a slot and return its memory to the system; views of it read zeros from now on."""
+    def free(self, layer: int, expert: int, copy: int = 0, *, keep_memory: bool = False) -> None:
+        """Empty a slot and return its memory to the system; views of it read zeros from now on.
+
+        With ``keep_memory`` it waits for the next expert, and `release` returns it.
+        """
         slot = self.layout.slot(layer, expert, copy)
         if self.entries.version(slot) is None:
             return
         self.entries.begin(slot)
-        self._punch(layer, expert, copy)
+        if not keep_memory:
+            self._punch(layer, expert, copy)
         self.entries.empty(slot)
         self.nbytes -= self.layout.layers[layer].expert_bytes
+
+    def release(self, layer: int, expert: int, copy: int = 0) -> None:
+        """Return the memory of an empty slot to the system."""
+        if self.entries.version(self.layout.slot(layer, expert, copy)) is None:
+            self._punch(layer, expert, copy)
 
     def lend(self) -> int:
         """Return a new descriptor of the slab, to map it for reading; the caller closes it."""

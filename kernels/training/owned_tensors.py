@@ -48,13 +48,17 @@ class _Owned:
     commits: int = 0  # that changed it
 
     def update(
-        self, gradient: Tensor | None, coefficient: float, values: dict[str, object]
+        self,
+        gradient: Tensor | None,
+        coefficient: float,
+        values: dict[str, object],
+        scaled: _Scratch,
     ) -> None:
-        """Apply a gradient, which is used up; None is a gradient of zero."""
+        """Apply a gradient, which stays as it is; None is a gradient of zero."""
         if gradient is None:
-            gradient = torch.zeros_like(self.master)
+            gradient = scaled.like(self.master).zero_()
         elif coefficient != 1.0:
-            gradient.mul_(coefficient)
+            gradient = torch.mul(gradient, coefficient, out=scaled.like(gradient))
         self.optimizer.param_groups[0].update(values)
         self.master.grad = gradient
         try:
@@ -62,6 +66,21 @@ class _Owned:
         finally:
             self.master.grad = None
         self.commits += 1
+
+
+class _Scratch:
+    """Memory for one tensor after another, during one commit."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of this form, with any content; the one before is overwritten."""
+        kind = tensor.dtype, tensor.device
+        memory = self._of.get(kind)
+        if memory is None or memory.numel() < tensor.numel():
+            self._of[kind] = memory = torch.empty_like(tensor).flatten()
+        return memory[: tensor.numel()].view(tensor.shape)
 
 
 @dataclass(slots=True)
@@ -205,6 +224,7 @@ class OwnedTensors(Generic[K]):
                 raise InternalError(f"{attempt} was committed as {self.committed}, not {decision}")
             return
         values = self._check_decision(decision)
+        scaled = _Scratch()
         for key, tensors in self._tensors.items():
             prepared = self._prepared.pop(key)
             gradients = prepared.gradients or {}
@@ -213,7 +233,9 @@ class OwnedTensors(Generic[K]):
                 coefficient, _ = decision.groups[owned.group]
                 try:
                     # Gradients are freed one by one.
-                    owned.update(gradients.pop(name, None), coefficient, values[owned.group])
+                    owned.update(
+                        gradients.pop(name, None), coefficient, values[owned.group], scaled
+                    )
                 except BaseException as error:
                     self.abandon()
                     self._broken = (

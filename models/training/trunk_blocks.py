@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-MOST_BYTES = 64 * 2**20
+# Small enough that several hosts share the work of a small trunk, too.
+MOST_BYTES = 8 * 2**20
 
 
 def trunk_blocks(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -40,8 +41,11 @@ class ExpertMemory(Protocol):
         """Keep an expert. Raises Busy while there is no room for it, or its version."""
         ...
 
-    def read(self, wanted: ExpertVersion) -> dict[str, Tensor]:
-        """Return copies of an expert's tensors, in its model's layout. Raises NotHere."""
+    def reading(self, wanted: ExpertVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Give an expert's tensors, in its model's layout, inside of the block alone.
+
+        Meanwhile no expert is kept or dropped. Raises NotHere.
+        """
         ...
 
     def drop(self, gone: ExpertVersion) -> None:
@@ -142,33 +146,35 @@ class SlabMemory:
             versions = self._experts.setdefault(key.layer, {})
             versions.setdefault(version, {})[key.expert] = kept
 
-    def read(self, wanted: ExpertVersion) -> dict[str, Tensor]:
+    @contextmanager
+    def reading(self, wanted: ExpertVersion) -> Iterator[Mapping[str, Tensor]]:
         key, version = wanted
-        with self._lock:
+        with self._writing:
             weights = self._experts.get(key.layer, {}).get(version, {}).get(key.expert)
-            slab = self._slab
-            copy = slab.copy_of(key.layer, key.expert, version) if slab is not None else None
-            if weights is None or slab is None or copy is None:
+            if weights is None:
                 raise NotHere(f"{wanted} is not on this host")
-            place = key.layer, key.expert, copy
-            generation = slab.generation(*place)
-        tensors = unpack(self._forms[key.layer], weights).tensors()
-        copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        # The expert may be dropped while it is copied, and its memory then reads as zeros.
-        if slab.generation(*place) != generation:
-            raise NotHere(f"{wanted} left this host while it was read")
-        return copies
+            yield unpack(self._forms[key.layer], weights).tensors()
 
     def drop(self, gone: ExpertVersion) -> None:
         key, version = gone
+        place = key.layer, key.expert
         with self._writing, self._lock:
             versions = self._experts.get(key.layer, {})
             dropped = versions.get(version, {}).pop(key.expert, None)
-            if dropped is None or self._slab is None:
+            slab = self._slab
+            if dropped is None or slab is None:
                 return
-            copy = self._slab.copy_of(key.layer, key.expert, version)
-            if copy is not None:
-                self._slab.free(key.layer, key.expert, copy)
+            copy = slab.copy_of(*place, version)
+            if copy is None:
+                return
+            # Training makes a version in each step, and writing into fresh memory takes longer: it
+            # stays for the next one as long as the host has the expert.
+            others = [c for c in range(COPIES) if c != copy and slab.version(*place, c) is not None]
+            stays = self._learns and bool(others)
+            slab.free(*place, copy, keep_memory=stays)
+            if self._learns and not others:
+                for other in range(COPIES):
+                    slab.release(*place, other)
 
     def adopt(self, left: LeftMemory, forms: Mapping[int, ExpertForm]) -> list[ExpertVersion]:
         with self._writing, self._lock:
@@ -332,12 +338,13 @@ class SlotMemory:
                 raise Busy(f"{given}: no room on this host's GPU: {error}") from error
             self._held.add(given)
 
-    def read(self, wanted: ExpertVersion) -> dict[str, Tensor]:
+    @contextmanager
+    def reading(self, wanted: ExpertVersion) -> Iterator[Mapping[str, Tensor]]:
         key, version = wanted
-        with self._writing:  # so that it is not freed meanwhile
+        with self._writing:
             if wanted not in self._held:
                 raise NotHere(f"{wanted} is not on this host")
-            return self._slab.read(key.layer, key.expert, version)
+            yield self._slab.read(key.layer, key.expert, version)
 
     def drop(self, gone: ExpertVersion) -> None:
         key, version = gone

@@ -29,6 +29,7 @@ from ..grpc.weights import get_weights, key_to_wire, put_weights, until_there_is
 from ..seqpacket import close_all
 from ..tensor_bytes import TensorBytes, tensors_in
 from .datagrams import BulkSocket, receive_file, send_file
+from .lent_memory import LentMemory, LentTensor, to_wire
 from .shared import SharedMemory, make_memory
 
 
@@ -84,8 +85,13 @@ class BulkLinks:
         tensors: Mapping[str, Tensor],
         *,
         timeout_s: float,
-    ) -> None:
-        """Give a host a copy of tensors. Raises what `get` raises."""
+        memory: LentMemory | None = None,
+    ) -> bool:
+        """Give a host tensors: a copy, unless they lie in ``memory`` and the host is of this node.
+
+        Then the host reads them where they lie, whenever it likes; only this process knows when it
+        has ended. The result says whether it does so. Raises what `get` raises.
+        """
         if not self._is_near(entry):
             put_weights(
                 entry.grpc_address,
@@ -94,17 +100,21 @@ class BulkLinks:
                 timeout_s=timeout_s,
                 proof=self._secret.proof("weights", entry.target),
             )
-            return
-        file = TensorBytes(tensors)
+            return False
+        lent = None if memory is None else memory.find(tensors)
 
         def transfer(left_s: float) -> None:
             link = self._take(entry)
             try:
-                link.put(given, file, left_s)
+                if memory is not None and lent:
+                    link.lend(given, memory.descriptor, lent, left_s)
+                else:
+                    link.put(given, TensorBytes(tensors), left_s)
             finally:
                 self._give_back(link)
 
         until_there_is_room(transfer, timeout_s)
+        return bool(lent)
 
     def close(self) -> None:
         """End all connections. Tensors that are in use stay valid until the end of their block."""
@@ -221,6 +231,22 @@ class _Link:
         self._send(Bulk(put=put))
         with contextlib.suppress(HostLost):  # what the host has said before it ended comes first
             send_file(self._sock, self._seq, file, self._octets())
+        self._await_done(until)
+
+    def lend(
+        self, given: BulkKey, descriptor: int, tensors: list[LentTensor], left_s: float
+    ) -> None:
+        """Let the host read tensors in the memory of ``descriptor``, which stays the caller's."""
+        until = time.monotonic() + left_s
+        self._seq += 1
+        lend = Bulk.Lend(seq=self._seq, key=key_to_wire(given), tensors=to_wire(tensors))
+        self.sound = False
+        self._used_at = time.monotonic()
+        with contextlib.suppress(HostLost):  # what the host has said before it ended comes first
+            self._sock.send(Bulk(lend=lend), [descriptor])
+        self._await_done(until)
+
+    def _await_done(self, until: float) -> None:
         message = self._receive(until)
         if message.WhichOneof("kind") != "done" or message.done.seq != self._seq:
             raise HostLost(f"{self.host}: it answered a put with {message.WhichOneof('kind')}")

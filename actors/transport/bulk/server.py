@@ -49,6 +49,7 @@ from ..grpc.weights import BulkStore, key_from_wire
 from ..seqpacket import close_all
 from ..tensor_bytes import TensorBytes, copy_out, new_memory, tensors_in
 from .datagrams import BulkSocket, receive_file, send_file
+from .lent_memory import borrow, from_wire
 from .shared import SharedMemory, map_memory
 
 # A client that has begun a put says within this time how far it is.
@@ -173,18 +174,25 @@ class _Connection:
         while True:
             message, fds = self._sock.receive(time.monotonic() + BULK_IDLE_S)
             try:
-                self._take_memory(fds)
+                self._serve_one(message, fds)
             finally:
                 close_all(fds)
-            match message.WhichOneof("kind"):
-                case "get":
-                    self._answer(message.get.seq, partial(self._get, message.get))
-                case "put":
-                    self._answer(message.put.seq, partial(self._put, message.put))
-                case "written" if message.written.seq == self._refused:
-                    continue
-                case kind:
-                    raise HostLost(f"a client sent {kind}, which is no request")
+
+    def _serve_one(self, message: Bulk, fds: list[int]) -> None:
+        kind = message.WhichOneof("kind")
+        if kind == "lend":
+            self._answer(message.lend.seq, partial(self._borrow, message.lend, fds))
+            return
+        self._take_memory(fds)
+        match kind:
+            case "get":
+                self._answer(message.get.seq, partial(self._get, message.get))
+            case "put":
+                self._answer(message.put.seq, partial(self._put, message.put))
+            case "written" if message.written.seq == self._refused:
+                return
+            case _:
+                raise HostLost(f"a client sent {kind}, which is no request")
 
     def end(self) -> None:
         """Shut the connection down, from any thread."""
@@ -247,6 +255,25 @@ class _Connection:
             receive_file(self._written(), total, self._written, read)
             self._store.put(given, tensors_in(own))
         self._sock.send(Bulk(done=Bulk.Done(seq=put.seq)))
+
+    def _borrow(self, lend: Bulk.Lend, fds: list[int]) -> None:
+        """Take tensors over that stay in the client's memory, and that it may change."""
+        given, tensors = _key(lend.key), from_wire(lend.tensors)
+        if given.kind != "gradient":
+            raise CallError(
+                f"kind: {given.kind} of {given.key} must be put as a copy; only "
+                "gradients are read in the client's memory"
+            )
+        if len(fds) != 1:
+            raise CallError("the descriptor of the memory is missing")
+        total, most = sum(one.nbytes for one in tensors), self._store.most_bytes(given)
+        if total > most or len({one.name for one in tensors}) < len(tensors):
+            raise CallError(
+                f"tensors: {total} bytes, but those of this key have at most {most}; or a name "
+                "comes twice"
+            )
+        self._store.put(given, borrow(fds[0], tensors))
+        self._sock.send(Bulk(done=Bulk.Done(seq=lend.seq)))
 
     def _written(self) -> Bulk.Written:
         """Wait for the client to go on with its put; end the connection if it does not."""

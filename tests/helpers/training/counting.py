@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -78,8 +79,17 @@ class Peaks:
     def _look(self, moment: str, host: ExpertHost, *more: object) -> None:
         kept = storages(host.training._run, host._loop.gradients, *more)
         most = self.found.setdefault(moment, {})
-        nbytes = host._store.nbytes + sum(kept.values())
+        nbytes = _pages(host) + sum(kept.values())
         most[host.name] = max(most.get(host.name, 0), nbytes)
+
+
+def _pages(host: ExpertHost) -> int:
+    """Bytes of the pages that a host's slabs take, whether an expert is in them or not."""
+    found = 0
+    for _, memory in host._store.memories():
+        if memory.descriptor is not None:
+            found += os.fstat(memory.descriptor).st_blocks * 512
+    return found
 
 
 @dataclass

@@ -282,7 +282,7 @@ class Steps:
 
     def state(self, key: ExpertKey, host: str) -> dict[str, Tensor]:
         with self.hosts[host].training.reading(BulkKey("state", key, run=self.run)) as found:
-            return dict(found)
+            return {name: tensor.clone() for name, tensor in found.items()}
 
     def states(self) -> dict[tuple[ExpertKey, str, str], Tensor]:
         return {

@@ -177,14 +177,15 @@ def test_what_may_be_read(folder: Path) -> None:
             with pytest.raises(NotHere), training.reading(wanted):
                 pass
         one = BulkKey("weights", key, version=1)
+        due = host_weights(steps, key)
         with training.reading(one) as found:
-            assert same(found, host_weights(steps, key))
+            assert same(found, due)
 
 
 def test_what_is_read_does_not_change_with_a_commit(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader that comes in the middle of an update waits; one that came before has a copy."""
+    """A reader that comes in the middle of an update waits, and so does an update for readers."""
     with running(folder) as steps:
         steps.step(IDS, groups=UPDATE)
         steps.begin()
@@ -211,8 +212,12 @@ def test_what_is_read_does_not_change_with_a_commit(
         monkeypatch.setattr(owned_tensors._Owned, "update", updating)
         with steps.hosts[owner].training.reading(wanted) as tensors:
             before = {name: tensor.clone() for name, tensor in tensors.items()}
-            steps.commit(UPDATE)
+            committing = threading.Thread(target=lambda: steps.commit(UPDATE))
+            committing.start()
+            committing.join(0.1)
+            assert committing.is_alive()
             assert same(before, tensors)
+        committing.join()
         readers[0].join()
         assert {int(found[0][f"{name}.commits"]) for name in steps.blocks[key]} == {2}
 

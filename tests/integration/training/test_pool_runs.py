@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,27 @@ def test_a_host_that_is_lost_costs_the_step_alone_with_redundancy(
         assert_same_model(pool, model, plain, 1e-12)
         owners = optimizer.run._steps.owners  # pyright: ignore[reportAttributeAccessIssue]
         assert {len(hosts) for hosts in owners.values()} == {2}
+
+
+def test_gradients_lie_elsewhere_if_a_host_may_still_read_them(folder: Path) -> None:
+    """A host that is thought lost may go on with a commit, when the next gradients are written."""
+    with (
+        training_pool(folder, hosts=2, replicas=2, borrows=True) as pool,
+        optimizing(pool, folder, redundancy=1, borrows=True) as (model, optimizer),
+    ):
+        run: Any = optimizer.run
+        one_step(model, optimizer, 0)
+        memory = run._memory
+        own = {("host-0", 1), ("host-1", 1)}
+        assert {(host, 1) for host, _ in run._lent_to} == own
+        one_step(model, optimizer, 1)
+        assert run._memory is memory, "all hosts have forgotten what they were given"
+        pool.gate = lambda host, order: not (host == "host-1" and isinstance(order, Commit))
+        one_step(model, optimizer, 2)
+        assert run._memory is not memory
+        assert not run._lent_to
+    gc.collect()
+    assert "memfd:moesaic:lent" not in Path("/proc/self/maps").read_text()
 
 
 def test_without_redundancy_a_lost_owner_ends_the_run(folder: Path) -> None:

@@ -40,8 +40,8 @@ def of_training(folder: Path, **more: Any) -> list[str]:
 
 def test_what_no_optimizer_can_train_is_an_error(whole: Path, machine: Machine) -> None:
     trunk = trunk_bytes(whole)
-    # Experts: weights, masters, gradients. Trunk: the endpoint's weights, masters, gradients.
-    least = 3 * EXPERTS + 3 * trunk
+    # Experts: two versions, masters, gradients. Trunk: the endpoint's, masters, gradients.
+    least = 4 * EXPERTS + 3 * trunk
     machine(least, PLENTY)
     assert of_training(whole) == []
     machine(least - 1, PLENTY)
@@ -50,7 +50,7 @@ def test_what_no_optimizer_can_train_is_an_error(whole: Path, machine: Machine) 
     one = only(spec_of(whole, model=TRAIN))
     assert "whatever the optimizer, and this machine has 0.0 GB" in one.message
     # In half precision: two more bytes for the master.
-    machine(int((2 + 4 + 4) / 4 * EXPERTS + (2 + 4 + 4) / 4 * trunk), PLENTY)
+    machine((2 * 2 + 4 + 4) * EXPERTS // 4 + (2 + 4 + 4) * trunk // 4, PLENTY)
     assert of_training(whole, model={"dtype": "bfloat16"}) == []
     assert of_training(whole) == ["error"]
     assert of_training(whole, ray={"address": "auto"}) == []
@@ -61,9 +61,9 @@ def test_replicas_and_owners_count(whole: Path, machine: Machine) -> None:
     hosts = [{"count": 2}]
     for more, least in (
         # Two replicas with their gradients; the owner sums them up.
-        ({"model": {"replicas": 2}}, 6 * EXPERTS + 3 * trunk),
+        ({"model": {"replicas": 2}}, 8 * EXPERTS + 3 * trunk),
         # Two owners; that which serves nothing fetches the gradients.
-        ({"balance": {"redundancy": 1}}, 5 * EXPERTS + 5 * trunk),
+        ({"balance": {"redundancy": 1}}, 6 * EXPERTS + 5 * trunk),
     ):
         machine(least, PLENTY)
         assert of_training(whole, hosts=hosts, **more) == []
@@ -79,16 +79,16 @@ def test_what_is_not_free_for_adamw_is_a_warning(whole: Path, machine: Machine) 
     assert plan.weights == EXPERTS
     assert plan.masters == EXPERTS + trunk
     assert 2 * plan.masters <= plan.state <= 2 * plan.masters + 16
-    assert plan.passing == 2 * EXPERTS + trunk
+    assert plan.passing == EXPERTS + trunk
     # A process for each host, the endpoint's trunk, and the one that trains, with its gradients.
     processes = spec.num_hosts + 2
-    wanted = plan.most + 3 * trunk + processes * check_training.HOST_BYTES
+    wanted = plan.peak + 3 * trunk + processes * check_training.HOST_BYTES
     machine(PLENTY, wanted)
     assert found(spec) == []
     machine(PLENTY, wanted - 1)
     one = only(spec)
     assert (one.severity, one.path) == ("warning", "models.0.train")
-    assert "to train all of 'm' with AdamW takes up to" in one.message
+    assert "to train all of 'm' with AdamW takes" in one.message
 
 
 def test_weights_that_do_not_fit_are_one_error(whole: Path, machine: Machine) -> None:

@@ -33,8 +33,6 @@ def megabytes(memory: HostMemory) -> dict[str, float]:
         "at rest": memory.at_rest / MB,
         "learning": memory.learning / MB,
         "reduced": memory.reduced / MB,
-        "committed": memory.committed / MB,
-        "most": memory.most / MB,
     }
 
 
@@ -46,26 +44,24 @@ def of_host(one: TrainedBytes, *, owns: bool, replicas: int = 1, lent: bool = Fa
 
 
 def test_bytes_of_a_parameter_on_an_owner() -> None:
-    keys = ("at rest", "learning", "reduced", "committed", "most")
-    for one, expected in ((FLOAT32, (16, 20, 20, 20, 24)), (BFLOAT16, (14, 18, 18, 16, 20))):
+    keys = ("at rest", "learning", "reduced")
+    for one, expected in ((FLOAT32, (20, 24, 24)), (BFLOAT16, (16, 20, 20))):
         assert megabytes(of_host(one, owns=True)) == dict(zip(keys, expected, strict=True))
 
 
 def test_an_owner_sums_up_what_several_hosts_have() -> None:
-    assert of_host(FLOAT32, owns=True, replicas=2).reduced == 24 * MB
-    assert of_host(BFLOAT16, owns=True, replicas=3).reduced == 22 * MB
-    assert of_host(FLOAT32, owns=True, replicas=2).learning == 20 * MB
+    assert of_host(FLOAT32, owns=True, replicas=2).reduced == 28 * MB
+    assert of_host(BFLOAT16, owns=True, replicas=3).reduced == 24 * MB
+    assert of_host(FLOAT32, owns=True, replicas=2).learning == 24 * MB
 
 
 def test_another_replica() -> None:
     assert megabytes(of_host(FLOAT32, owns=False)) == {
-        "at rest": 4,
-        "learning": 8,
-        "reduced": 8,
-        "committed": 8,
-        "most": 12,
+        "at rest": 8,
+        "learning": 12,
+        "reduced": 12,
     }
-    assert of_host(BFLOAT16, owns=False).learning == 6 * MB
+    assert of_host(BFLOAT16, owns=False).learning == 8 * MB
 
 
 def test_what_a_trunk_computes_is_put_into_owners_alone() -> None:
@@ -73,27 +69,26 @@ def test_what_a_trunk_computes_is_put_into_owners_alone() -> None:
         sent, lent = (
             of_host(FLOAT32, owns=True, replicas=replicas, lent=lent) for lent in (False, True)
         )
-        assert (lent.learning, lent.reduced) == (16 * MB, 20 * MB)
-        assert lent.least <= sent.least
-        assert lent.most <= sent.most
+        assert (lent.learning, lent.reduced) == (20 * MB, 24 * MB)
+        assert lent.peak <= sent.peak
 
 
 def test_an_owner_that_serves_nothing() -> None:
     found = memory_of_hosts(
         {EXPERT: FLOAT32, TRUNK: BLOCK}, {EXPERT: ("a", "b"), TRUNK: ("b",)}, {EXPERT: ("a",)}
     )
-    assert found["a"].reduced == 20 * MB  # its own gradients are the sum
+    assert found["a"].reduced == 24 * MB  # its own gradients are the sum
     assert found["b"].at_rest == 12 * MB + 9 * MB
-    assert found["b"].reduced == found["b"].least == 16 * MB + 12 * MB
+    assert found["b"].reduced == found["b"].peak == 16 * MB + 12 * MB
 
 
 def test_exact_sums_and_kept_activations_count_while_a_host_learns() -> None:
     exact = FLOAT32._replace(added=8 * MB)
-    assert of_host(exact, owns=True).learning == 24 * MB
-    assert of_host(exact, owns=True).reduced == 20 * MB
+    assert of_host(exact, owns=True).learning == 28 * MB
+    assert of_host(exact, owns=True).reduced == 24 * MB
     kept = memory_of_hosts({EXPERT: FLOAT32}, {EXPERT: ("a",)}, {EXPERT: ("a",)}, kept=5 * MB)["a"]
-    assert kept.learning == kept.least == 25 * MB
-    assert kept.at_rest == 16 * MB
+    assert kept.learning == kept.peak == 29 * MB
+    assert kept.at_rest == 20 * MB
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
@@ -121,15 +116,15 @@ def test_a_pool_has_no_more_replicas_and_owners_than_hosts() -> None:
 
 
 def test_hosts_of_a_machine_share_what_is_free() -> None:
-    one = of_host(FLOAT32, owns=True)  # it needs 16 MB besides the 4 MB that it serves
+    one = of_host(FLOAT32, owns=True)  # it needs 20 MB besides the 4 MB that it serves
     planned = {"a": one, "b": one, "c": one}
     nodes = {"a": "n", "b": "n", "c": "o"}
-    assert shortage(planned, nodes, dict.fromkeys("abc", 32 * MB)) == ""
+    assert shortage(planned, nodes, dict.fromkeys("abc", 40 * MB)) == ""
     # Hosts look one after the other, so the least that one of them has found counts.
-    why = shortage(planned, nodes, {"a": 90 * MB, "b": 31 * MB, "c": 16 * MB})
+    why = shortage(planned, nodes, {"a": 90 * MB, "b": 39 * MB, "c": 20 * MB})
     assert why.startswith("a, b on n need 0.0 GB of memory besides")
-    assert shortage(planned, nodes, {"a": 90 * MB, "b": 90 * MB, "c": 15 * MB}).startswith("c on o")
-    assert shortage(planned, nodes, {"a": None, "b": 16 * MB, "c": None}) == ""
+    assert shortage(planned, nodes, {"a": 90 * MB, "b": 90 * MB, "c": 19 * MB}).startswith("c on o")
+    assert shortage(planned, nodes, {"a": None, "b": 20 * MB, "c": None}) == ""
 
 
 # ---- a run that begins --------------------------------------------------------------------------
@@ -171,7 +166,7 @@ def open_run(free_bytes: Mapping[str, int | None], redundancy: int = 0) -> list[
 
 
 def test_a_run_does_not_begin_where_memory_is_short() -> None:
-    enough = 4 * 16 * MB
+    enough = 4 * 20 * MB
     assert isinstance(open_run({"a": enough, "b": enough})[0], CloseRun)
     open_run({"a": None, "b": None})
     with pytest.raises(ClusterError) as caught:

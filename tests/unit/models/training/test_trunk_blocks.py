@@ -36,7 +36,7 @@ def test_what_is_not_trained_is_left_out_and_what_is_tied_counts_once() -> None:
     trunk.register_parameter("tied", trunk.get_parameter("p2"))
     assert trunk_blocks(trunk, {"p0": 1, "p2": 3}) == [{"p0": 1, "p2": 3}]
     assert trunk_blocks(trunk, {}) == []
-    assert MOST_BYTES == 64 * 1024 * 1024
+    assert MOST_BYTES == 8 * 1024 * 1024
 
 
 def test_bytes_are_those_of_the_parameters_type() -> None:
