@@ -1,8 +1,8 @@
-"""The grouped FFN on a card: floors, errors, peers, and a search for the fastest blocks.
+"""Experts on a card, serving and training: floors, errors, peers, a search for the fastest blocks.
 
-It needs a CUDA device, PyTorch, Triton and transformers, and nothing of Ray; the part about the
-pool also needs what hosts and routers need. Parts come in order of worth, each within what is left
-of the time, and one that fails costs no other.
+It needs a CUDA device, PyTorch, Triton and transformers, and nothing of Ray; the parts about the
+pool and about training also need what hosts and routers need. Parts come in order of worth, each
+within what is left of the time, and one that fails costs no other.
 
     python -m benchmarks.gpu --seconds 240 --json gpu.json
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.card import floors, layer, search
+from benchmarks.card import backward, floors, layer, search
 from benchmarks.card.layers import Layers, Shape
 from moesaic.kernels.grouped.configurations import Configuration
 
@@ -90,6 +90,10 @@ def main() -> None:
     for tokens in layer.SIZES:
         print(run.part(f"programs {tokens}", lambda t=tokens: layer.breakdown(layers, t)))
     print(run.part("pool", _pool), flush=True)
+    print(run.part("backward errors", lambda: {t: backward.check(layers, t) for t in (3, 64)}))
+    for tokens in backward.TOKENS:
+        _line(run.part(f"backward {tokens}", lambda t=tokens: backward.compare(layers, t)))
+    run.part("training", _training)
     best = None if arguments.no_search else run.part("search", lambda: _search(run, layers))
     for tokens, chosen in (best or {}).get("best", {}).items():
         config = _configuration(chosen)
@@ -127,6 +131,14 @@ def _pool() -> list[dict[str, Any]]:
     from benchmarks.card import sent
 
     return sent.measure("cuda", rounds=3, intermediate=sent.INTERMEDIATE, experts=sent.EXPERTS)
+
+
+def _training() -> list[dict[str, Any]]:
+    """Whole steps with two hosts on the card, and in process."""
+    # It needs what hosts and routers need.
+    from benchmarks.card import training
+
+    return training.measure("cuda", rounds=3)
 
 
 def _machine() -> dict[str, Any]:

@@ -5,9 +5,11 @@ python -m benchmarks.hosts NAME THREADS DEVICE lends|keeps      (started by `hos
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesaic.actors.host.host import ExpertHost
-from moesaic.cluster.expert_keys import ExpertKey, first_versions
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, first_versions
 from moesaic.cluster.placement import (
     HostEntry,
     ModelRef,
@@ -26,6 +28,8 @@ from moesaic.cluster.placement import (
     experts_of,
     initial_placement,
 )
+from moesaic.cluster.training.orders import Answer, Order
+from moesaic.proto.errors import MoesaicError
 from moesaic.proto.keys import ClusterSecret, secret_of_process
 
 NODE = "benchmark"
@@ -48,6 +52,13 @@ class HostProcess:
         if "error" in answer:
             raise RuntimeError(f"{self.entry.host}: {answer['error']}")
         return answer
+
+    def train(self, order: Order) -> Answer | MoesaicError:
+        """Let the host carry out an order of a training run; return its error if there is one."""
+        return _unpacked(self.tell({"order": _packed(order)})["answer"])
+
+    def release(self, gone: Sequence[ExpertVersion]) -> None:
+        self.tell({"release": _packed(list(gone))})
 
 
 @contextmanager
@@ -117,19 +128,37 @@ def main(name: str, threads: int, device: str, lending: str) -> None:
     try:
         print(json.dumps(dataclasses.asdict(host.entry())), flush=True)
         for line in sys.stdin:
-            command = json.loads(line)
             try:
-                ref = ModelRef(**command["model"])
-                experts = {int(layer): number for layer, number in command["experts"].items()}
-                shape = ModelShape(model=ref.name, experts=experts)
-                host.load(
-                    [(ref, shape)], first_versions(ExpertKey(*key) for key in command["load"])
-                )
-                print(json.dumps({"weight_bytes": host.report().weight_bytes}), flush=True)
+                answer = _carry_out(host, json.loads(line))
             except Exception as error:
-                print(json.dumps({"error": repr(error)}), flush=True)
+                answer = {"error": repr(error)}
+            print(json.dumps(answer), flush=True)
     finally:
         host.close()
+
+
+def _carry_out(host: ExpertHost, command: Mapping[str, Any]) -> dict[str, Any]:
+    if "order" in command:
+        try:
+            return {"answer": _packed(host.train(_unpacked(command["order"])))}
+        except MoesaicError as error:
+            return {"answer": _packed(error)}
+    if "release" in command:
+        host.release(_unpacked(command["release"]))
+        return {}
+    ref = ModelRef(**command["model"])
+    experts = {int(layer): number for layer, number in command["experts"].items()}
+    shape = ModelShape(model=ref.name, experts=experts)
+    host.load([(ref, shape)], first_versions(ExpertKey(*key) for key in command["load"]))
+    return {"weight_bytes": host.report().weight_bytes}
+
+
+def _packed(value: object) -> str:
+    return base64.b64encode(pickle.dumps(value)).decode()
+
+
+def _unpacked(text: str) -> Any:
+    return pickle.loads(base64.b64decode(text))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ _WORKSPACE_PART = 1 / 16
 LEAST_WORKSPACE_BYTES = 256 << 20
 # A host maps memory for experts in chunks. So much may be mapped and not filled.
 PARTLY_FILLED_BYTES = 256 << 20
+# What an owner keeps for each parameter of an expert with AdamW: master, gradient, two moments.
+OWNED_PARAMETER_BYTES = 16
+# Two versions of an expert in 16 bits, as while a step is committed.
+_VERSIONS_PARAMETER_BYTES = 4
 # Tokens of one page of a key-value cache.
 CACHE_PAGE_TOKENS = 32
 # Ray counts a GPU in so many parts.
@@ -41,6 +45,7 @@ class CardShare:
     key: str = ""  # of the process in the spec, such as hosts.0 or trunk
     gpu_memory: float | int | None = None  # a fraction of the card (float), or bytes (int)
     num_gpus: float = 0.0  # what Ray reserves
+    trains: bool = False  # the spec has a model that may be trained
 
     @property
     def limited_by(self) -> str:
@@ -62,22 +67,33 @@ class HostRoom:
     """What a host's limit leaves, after the context, for experts and for the tensors of calls.
 
     ``expert_bytes`` is the size of experts, and the memory that is mapped for them may be larger.
+    Where a model is trained, the tensors of its run count as those of calls.
     """
 
     expert_bytes: int
     workspace_bytes: int
 
     @classmethod
-    def within(cls, limit_bytes: int) -> HostRoom:
+    def within(cls, limit_bytes: int, *, trains: bool = False) -> HostRoom:
         """Divide a limit; it is too small if no byte is left for experts."""
         workspace = workspace_within(limit_bytes)
-        rest = limit_bytes - CONTEXT_BYTES - PARTLY_FILLED_BYTES - workspace
-        return cls(max(0, rest), workspace)
+        rest = max(0, limit_bytes - CONTEXT_BYTES - PARTLY_FILLED_BYTES - workspace)
+        experts = beside_training(rest) if trains else rest
+        return cls(experts, workspace + rest - experts)
 
     @property
     def mapped_bytes(self) -> int:
         """What may be mapped for experts."""
         return self.expert_bytes + PARTLY_FILLED_BYTES
+
+
+def beside_training(room_bytes: int) -> int:
+    """Return how much experts may take where they share a room with what their owners keep.
+
+    A host is taken to own what it holds, with AdamW, in 16 bits.
+    """
+    both = _VERSIONS_PARAMETER_BYTES + OWNED_PARAMETER_BYTES
+    return room_bytes * _VERSIONS_PARAMETER_BYTES // both
 
 
 def cached_bytes(cache_tokens: int, token_bytes: int) -> int:
@@ -193,7 +209,7 @@ def plan_cards(
     ``processes`` are in the order in which they start. ``expert_bytes`` is the size of all replicas
     of experts. ``cpu_hosts`` has for each host without a card the bytes that it may hold of them,
     or None for any number. ``second_bytes`` is the size of a second version of all experts that are
-    to be updated.
+    to be updated or trained.
     """
     plan = CardPlan()
     places = _places(len(cards), processes)
@@ -313,7 +329,7 @@ def _check_limits(plan: CardPlan, card: Card, own: Sequence[CardProcess]) -> Non
 
 
 def _check_host(plan: CardPlan, process: CardProcess, limit: int) -> None:
-    room = HostRoom.within(limit)
+    room = HostRoom.within(limit, trains=process.share.trains)
     if room.expert_bytes == 0:
         _add(plan, "error", process.share.limited_by, too_small_for_a_host(limit))
     elif process.workspace_bytes > room.workspace_bytes:
@@ -334,6 +350,8 @@ def _rooms(card: Card, own: Sequence[CardProcess], *, sure: bool = False) -> lis
     unlimited = [p for p, limit in zip(own, limits, strict=True) if limit is None]
     free -= sum(p.weight_bytes if sure else p.fixed_bytes for p in unlimited)
     shared = [p for p in unlimited if p.holds_experts]
+    if not sure and any(process.share.trains for process in shared):
+        free = beside_training(free)
     open_rooms = iter(
         _evenly(
             max(0, free),
@@ -347,7 +365,8 @@ def _rooms(card: Card, own: Sequence[CardProcess], *, sure: bool = False) -> lis
         if limit is None:
             rooms.append(next(open_rooms))
         else:
-            room = HostRoom.within(min(limit, card.total_bytes)).expert_bytes
+            within = min(limit, card.total_bytes)
+            room = HostRoom.within(within, trains=process.share.trains).expert_bytes
             most = process.most_expert_bytes
             rooms.append(room if most is None else min(room, most))
     return rooms
@@ -369,12 +388,14 @@ def _check_experts(
         _add(plan, "error", key, f"{text}or more cards")
     elif expert_bytes > room:
         text = f"experts need {gb(expert_bytes)}, and about {gb(room)} are left for them on the "
-        text += "cards beside CUDA contexts and workspaces; use fewer replicas or more cards"
+        text += "cards beside CUDA contexts and workspaces"
+        text += " and what training keeps" if any(host.share.trains for host in hosts) else ""
+        text += "; use fewer replicas or more cards"
         _add(plan, "warning", key, text)
     elif second_bytes and expert_bytes + second_bytes > room:
         text = f"{gb(expert_bytes)} of experts fit on the cards, but not {gb(second_bytes)} more "
-        text += "for a second version of all experts (models.updates); update some experts at a "
-        _add(plan, "warning", "models", f"{text}time")
+        text += "for a second version of all experts (models.updates, models.train); update some "
+        _add(plan, "warning", "models", f"{text}experts at a time, or train on more cards")
 
 
 def _check_free(plan: CardPlan, planned: PlannedCard) -> None:

@@ -126,7 +126,7 @@ class ExpertVersion(_message.Message):
     def __init__(self, expert: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("seq", "model", "layer", "term", "epoch", "incarnation", "timeout_us", "rows", "hidden", "top_k", "dtype", "exact", "slot", "version", "other_versions", "payload_bytes", "payload", "more", "checksum", "attempt", "step")
+    __slots__ = ("seq", "model", "layer", "term", "epoch", "incarnation", "timeout_us", "rows", "hidden", "top_k", "dtype", "exact", "slot", "version", "other_versions", "payload_bytes", "payload", "more", "checksum", "attempt", "step", "keep")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class Call(_message.Message):
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     seq: int
     model: str
     layer: int
@@ -169,7 +170,8 @@ class Call(_message.Message):
     checksum: int
     attempt: int
     step: int
-    def __init__(self, seq: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., timeout_us: _Optional[int] = ..., rows: _Optional[int] = ..., hidden: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., exact: _Optional[bool] = ..., slot: _Optional[int] = ..., version: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[ExpertVersion, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., checksum: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    keep: bool
+    def __init__(self, seq: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., timeout_us: _Optional[int] = ..., rows: _Optional[int] = ..., hidden: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., exact: _Optional[bool] = ..., slot: _Optional[int] = ..., version: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[ExpertVersion, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., checksum: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., keep: _Optional[bool] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("call", "step", "microbatch", "attempt", "run", "part", "worker")

@@ -71,7 +71,7 @@ class HostStarter:
                 transport=self._spec.network.transport,
                 lends=lends,
                 keep_s=self._spec.balance.host_timeout_s if lends else None,
-                share=wanted.card_share(f"hosts.{group}"),
+                share=wanted.card_share(f"hosts.{group}", trains=self._spec.trains),
             )
         )
 

@@ -99,7 +99,7 @@ class HostCard:
         self.budget = MemoryBudget()
         if self._limit_bytes is None:
             return
-        self._room = room = HostRoom.within(self._limit_bytes)
+        self._room = room = HostRoom.within(self._limit_bytes, trains=share.trains)
         if room.expert_bytes == 0:
             raise ClusterError(f"{share.limited_by}: {too_small_for_a_host(self._limit_bytes)}")
         self.budget = MemoryBudget(room.mapped_bytes, share.limited_by)

@@ -22,14 +22,30 @@ from .compute import PendingCall, ReplyTensors, bounds_of, compute, layer_of
 from .weight_store import ExpertStore
 
 
+class PinnedMemory:
+    """The CPU's memory through which copies to or from a device go; it grows with the largest."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pins = device.type == "cuda"
+        self._memory = self._make(0)
+
+    def of(self, nbytes: int) -> Tensor:
+        """Return memory (uint8) that is in use until the next call."""
+        if self._memory.numel() < nbytes:
+            self._memory = self._make(1 << (nbytes - 1).bit_length())
+        return self._memory[:nbytes]
+
+    def _make(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pins)
+
+
 class BatchCompute:
     """Answers batches, one at a time, where a host's experts lie."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # In the CPU's memory; they grow with the largest batch.
-        self._given, self._answers = self._pinned(0), self._pinned(0)
-        self._met = self._pinned(8)
+        self._given, self._answers = PinnedMemory(device), PinnedMemory(device)
+        self._met = PinnedMemory(device)
 
     def __call__(
         self, store: ExpertStore, key: LayerKey, pendings: Sequence[PendingCall], *, exact: bool
@@ -51,7 +67,7 @@ class BatchCompute:
         replies = [p.layout.reply_tensor(b) for p, b in zip(pendings, buffers, strict=True)]
         shape = (*ids_TK.shape, x_TH.shape[1]) if exact else x_TH.shape
         # A single call that waits for its answer on the device is computed straight into it.
-        direct = len(pendings) == 1 and _on_device(buffers[0])
+        direct = len(pendings) == 1 and on_device(buffers[0])
         out = (
             replies[0]
             if direct
@@ -61,24 +77,16 @@ class BatchCompute:
 
         bounds = bounds_of(pendings)
         answered: Tensor | None = None
-        if not all(map(_on_device, buffers)):
-            self._answers = self._at_least(self._answers, out.nbytes)
-            answered = self._answers[: out.nbytes].view(out.dtype).view(shape)
+        if not all(map(on_device, buffers)):
+            answered = self._answers.of(out.nbytes).view(out.dtype).view(shape)
             answered.copy_(out, non_blocking=True)
         for reply, (start, end) in zip(replies, bounds, strict=True):
-            if _on_device(reply) and not direct:
+            if on_device(reply) and not direct:
                 reply.copy_(_cut(out[start:end], reply))
-        met = self._met.view(torch.int32)
-        met.copy_(layer.flags.both, non_blocking=True)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-
-        missing, infinite = met.tolist()
-        if missing:
-            raise NotHere("an expert of this call left the host while the call waited")
+        infinite = wait_for(layer, self._met)
         found = []
         for (start, end), reply, buffer in zip(bounds, replies, buffers, strict=True):
-            if answered is not None and not _on_device(reply):
+            if answered is not None and not on_device(reply):
                 reply.copy_(_cut(answered[start:end], reply))
             given = x_TH[start:end], ids_TK[start:end]
             found.append(ReplyTensors(buffer, layer.search(*given, reply) if infinite else []))
@@ -88,7 +96,7 @@ class BatchCompute:
         self, pendings: Sequence[PendingCall], *, exact: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (x_TH, ids_TK, weights_TK) of all calls on the device."""
-        if len(pendings) == 1 and _on_device(pendings[0].payload):
+        if len(pendings) == 1 and on_device(pendings[0].payload):
             return pendings[0].layout.call_tensors(pendings[0].payload)
         layouts = [pending.layout for pending in pendings]
         merged = CallLayout.of(
@@ -99,25 +107,31 @@ class BatchCompute:
             exact,
         )
         there = torch.empty(merged.call_bytes, dtype=torch.uint8, device=self._device)
-        if not all(_on_device(pending.payload) for pending in pendings):
-            self._given = self._at_least(self._given, merged.call_bytes)
-            here = self._given[: merged.call_bytes]
-            _merge(merged.call_tensors(here), pendings, on_device=False)
+        if not all(on_device(pending.payload) for pending in pendings):
+            here = self._given.of(merged.call_bytes)
+            _merge(merged.call_tensors(here), pendings, there=False)
             there.copy_(here, non_blocking=True)
         tensors = merged.call_tensors(there)
-        _merge(tensors, pendings, on_device=True)
+        _merge(tensors, pendings, there=True)
         return tensors
 
-    def _at_least(self, buffer: Tensor, nbytes: int) -> Tensor:
-        if buffer.numel() >= nbytes:
-            return buffer
-        return self._pinned(1 << (nbytes - 1).bit_length())
 
-    def _pinned(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+def wait_for(layer: DeviceLayer, met: PinnedMemory) -> bool:
+    """Wait for the device; return whether something that was computed is not finite.
+
+    Raises NotHere if an expert has no slot any more.
+    """
+    flags = met.of(layer.flags.both.nbytes).view(torch.int32)
+    flags.copy_(layer.flags.both, non_blocking=True)
+    if layer.ids_device.type == "cuda":
+        torch.cuda.current_stream(layer.ids_device).synchronize()
+    missing, infinite = flags.tolist()
+    if missing:
+        raise NotHere("an expert of this call left the host while the call waited")
+    return bool(infinite)
 
 
-def _on_device(tensor: Tensor) -> bool:
+def on_device(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
@@ -127,15 +141,15 @@ def _cut(rows: Tensor, reply: Tensor) -> Tensor:
 
 
 def _merge(
-    tensors: tuple[Tensor, Tensor, Tensor], pendings: Sequence[PendingCall], *, on_device: bool
+    tensors: tuple[Tensor, Tensor, Tensor], pendings: Sequence[PendingCall], *, there: bool
 ) -> None:
-    """Copy calls that lie ``on_device``, or the others, to their rows of all calls' tensors.
+    """Copy calls that lie on the device (``there``), or the others, to their rows of all calls'.
 
     A call with fewer assignments than others gets unused ones.
     """
     x_TH, ids_TK, weights_TK = tensors
     for pending, (start, end) in zip(pendings, bounds_of(pendings), strict=True):
-        if _on_device(pending.payload) != on_device:
+        if on_device(pending.payload) != there:
             continue
         x, ids, weights = pending.layout.call_tensors(pending.payload)
         top_k = pending.layout.top_k

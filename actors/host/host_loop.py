@@ -184,6 +184,7 @@ class HostLoop:
             self._free()
 
     def _free(self) -> None:
+        self.gradients.forget()
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
@@ -373,8 +374,11 @@ class HostLoop:
     def _compute(self, batch: list[QueuedCall], now: float) -> None:
         pendings = [self._pending[queued.router, queued.seq] for queued in batch]
         lead = batch[0]
+        alone = self.gradients.keeping(pendings[0]) if lead.keeps else None
         if lead.backward:
-            answers = [self.gradients.answer(pendings[0], exact=lead.exact)]
+            alone = self.gradients.answer(pendings[0], exact=lead.exact)
+        if alone is not None:
+            answers = [alone]
         else:
             answers = self._compute_batch(self._store, lead.key, pendings, exact=lead.exact)
         batch_us = int(self._device.finish(batch, now) * 1e6)
@@ -471,6 +475,7 @@ def _queued(call: Call, router: str, ids_TK: Tensor, now: float, backward: bool)
         other_versions=tuple((one.expert, one.version) for one in call.other_versions),
         attempt=call.attempt,
         backward=backward,
+        keeps=call.keep and not backward,
         ids=ids_TK.cpu().numpy(),
     )
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey
 from ...cluster.training.contributions import Attempt
 from ...cluster.training.orders import BulkKey, GroupUpdate, OpenRun
-from ...kernels.backward.accumulators import GradientAccumulators
 from ...kernels.ffn import wide_dtype
 from ...kernels.training.owned_tensors import OwnedTensors
 from ...kernels.training.update_rules import UpdateRule
 from ...proto.errors import BadInput, Busy, CallError, NotHere, UnsupportedModel
 from ...proto.limits import MAX_BLOCK_BYTES, MAX_PUT_BYTES
+from .gradients import ExpertSums
 from .weight_store import ExpertStore
 
 # How long to wait for others that use the tensors: commits, and copies of one key.
@@ -91,7 +91,7 @@ class RunTensors:
         self.check_key(key)
         if lost := groups.keys() - weights.keys():
             raise BadInput(f"{key}: {sorted(lost)} cannot be trained: there are {sorted(weights)}")
-        trained = {name: weights[name] for name in groups}
+        trained = {name: weights[name].to(self._store.device) for name in groups}
         self._check_forms(key, {name: (t.shape, t.dtype) for name, t in trained.items()})
         with self._holding():
             self.owned.own(key, trained, groups)
@@ -112,6 +112,9 @@ class RunTensors:
         self.check_key(key)
         kept = {entry: t for entry, t in state.items() if entry.rpartition(".")[0] in groups}
         masters = {name: kept[e] for name in groups if (e := f"{name}.master") in kept}
+        # What an optimizer keeps beside a tensor follows it.
+        masters = {name: master.to(self._store.device) for name, master in masters.items()}
+        kept |= {f"{name}.master": master for name, master in masters.items()}
         if key.layer == TRUNK:
             dtypes = dict.fromkeys(groups, torch.float32)
             dtypes |= {name: master.dtype for name, master in masters.items()}
@@ -149,7 +152,7 @@ class RunTensors:
             self.gathered = None
             self._attempt = attempt
 
-    def gather(self, sums: GradientAccumulators) -> frozenset[ExpertKey]:
+    def gather(self, sums: ExpertSums) -> frozenset[ExpertKey]:
         """Take over what this host has added up in the attempt; return the experts."""
         # If memory is short for rounding one of them, the call is repeated, and goes on there.
         for key in list(sums):

@@ -39,7 +39,7 @@ from ...cluster.training.orders import (
     RunId,
     Serve,
 )
-from ...proto.errors import BadInput, Busy, CallError, MoesaicError, NotHere, Superseded
+from ...proto.errors import BadInput, Busy, MoesaicError, NotHere, Superseded
 from ..runtime.devices import machine_memory
 from ..runtime.garbage import return_freed_memory
 from .gradients import HostGradients
@@ -147,11 +147,7 @@ class HostTraining:
                 raise BadInput(f"run {order.run} was opened as {self._run.opened}, not {order}")
             return self._opened()
         self._check_newest(order.run)
-        if self._store.device.type != "cpu":
-            raise CallError(
-                f"{self._host} computes on {self._store.device}; experts are trained on hosts with "
-                "device: cpu"
-            )
+        self._store.check_trainable(order.model)
         run = RunTensors(self._host, self._store, order)
         self._forget()
         self._run, self._newest = run, order.run
@@ -393,16 +389,16 @@ def _add(
     *,
     copy: bool,
 ) -> None:
-    """Add the gradients of owned tensors up, in the masters' type."""
+    """Add the gradients of owned tensors up, in the masters' type and where these are."""
     for name, master in masters.items():
         if name not in gradients:
             continue
         given = gradients[name]
         check_shape(key, name, given, master)
         if name in sums:
-            sums[name].add_(given.to(master.dtype))
+            sums[name].add_(given.to(master))
         else:
-            sums[name] = given.to(master.dtype, copy=copy)
+            sums[name] = given.to(master, copy=copy)
 
 
 @contextmanager

@@ -318,6 +318,27 @@ class ExpertStore:
         """
         return self._models[key.model].memory.layer(key.layer, version, others)
 
+    def in_models_layout(self, key: LayerKey, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies of tensors that lie as those of a layer's experts in slots of a device.
+
+        Raises NotHere.
+        """
+        memory = self._model(key.model).memory
+        assert isinstance(memory, SlotMemory), f"{key}: its experts are not in slots"
+        return memory.in_models_layout(key.layer, tensors)
+
+    def check_trainable(self, model: str) -> None:
+        """Raise CallError for a model whose experts have no backward pass where they lie."""
+        with self._lock:
+            found = self._models.get(model)
+        if found is None or not isinstance(found.memory, SlotMemory):
+            return
+        if torch_dtype(found.ref.dtype) == torch.float64:
+            raise CallError(
+                f"dtype of {model!r}: hosts on GPUs train no float64 experts; use float32, or "
+                "hosts with device: cpu"
+            )
+
     def is_gated(self, key: LayerKey) -> bool:
         """Return whether the up-projection of a layer's experts has gates. Raises NotHere."""
         return bool(self._model(key.model).layers[key.layer].module.has_gate)
@@ -413,7 +434,7 @@ class ServedWeights:
     def _check_same(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> None:
         held = self._store.get(given)
         if held.keys() != tensors.keys() or not all(
-            one.dtype == tensors[name].dtype and torch.equal(one.cpu(), tensors[name])
+            one.dtype == tensors[name].dtype and torch.equal(one.cpu(), tensors[name].cpu())
             for name, one in held.items()
         ):
             raise Forbidden(

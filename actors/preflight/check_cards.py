@@ -31,6 +31,7 @@ def plan_of(spec: Spec, models: Mapping[str, ModelDescription]) -> CardPlan:
     if not cards:
         return CardPlan()
     processes, cpu_hosts = [], []
+    trained = {model.name for model in spec.models if model.train}
     for number, group in enumerate(spec.hosts):
         most = _most_expert_bytes(group, models)
         if group.device == "cpu":
@@ -38,13 +39,13 @@ def plan_of(spec: Spec, models: Mapping[str, ModelDescription]) -> CardPlan:
             continue
         batch_rows = group.limits.policy(gpu=True).max_batch_rows
         host = CardProcess(
-            share=group.card_share(f"hosts.{number}"),
+            share=group.card_share(f"hosts.{number}", trains=spec.trains),
             device=_number(group.device),
             holds_experts=True,
             most_expert_bytes=most,
             workspace_bytes=max(
                 [LEAST_WORKSPACE_BYTES]
-                + [_call_bytes(one, batch_rows) for one in models.values()]
+                + [_call_bytes(one, batch_rows, name in trained) for name, one in models.items()]
                 + [one.expert_bytes for one in models.values()]
             ),
         )
@@ -60,7 +61,9 @@ def plan_of(spec: Spec, models: Mapping[str, ModelDescription]) -> CardPlan:
         expert_bytes=sum(sizes.values()),
         cpu_hosts=cpu_hosts,
         second_bytes=sum(
-            sizes.get(model.name, 0) for model in spec.models if model.updates is not None
+            sizes.get(model.name, 0)
+            for model in spec.models
+            if model.train or model.updates is not None
         ),
     )
 
@@ -89,13 +92,16 @@ def _most_expert_bytes(group: HostGroup, models: Mapping[str, ModelDescription])
     return min(limits, default=None)
 
 
-def _call_bytes(model: ModelDescription, rows: int) -> int:
-    """Return about what the computation of so many rows takes besides the experts."""
+def _call_bytes(model: ModelDescription, rows: int, learns: bool) -> int:
+    """Return about what the computation of so many rows takes besides the experts.
+
+    ``learns``: their backward half, which keeps more of them.
+    """
     item = getattr(torch, model.dtype).itemsize
     # Two matrices of an expert are as large as its hidden rows times its width, or more.
     width = model.expert_bytes // (2 * model.hidden_size * item)
-    assignment = (width + model.hidden_size) * item
-    row = model.hidden_size * (item + torch.float32.itemsize)
+    assignment = ((2 if learns else 1) * width + model.hidden_size) * item
+    row = model.hidden_size * (item + (2 if learns else 1) * torch.float32.itemsize)
     return rows * ((model.top_k or 1) * assignment + row)
 
 

@@ -186,11 +186,6 @@ def _check_devices(spec: Spec) -> Iterator[Finding]:
             text = f"{device!r}: with num_gpus {part.num_gpus:g} Ray shows each process only the "
             text += "GPUs that it reserves, numbered from 0; set cuda, or leave out num_gpus"
             yield _error(path, text)
-    trained = [f"models.{n}.train" for n, model in enumerate(spec.models) if model.train]
-    for number, group in enumerate(spec.hosts):
-        if trained and group.device == "auto" and gpus:
-            text = "'auto' means a GPU on this machine, and hosts on GPUs cannot train; set "
-            yield _error(f"hosts.{number}.device", f"{text}device: cpu, or {trained[0]}: false")
 
 
 def _on_gpus(spec: Spec) -> bool:

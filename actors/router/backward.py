@@ -6,6 +6,9 @@ columns of one send.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from ...cluster.routing.events import Send
 from ...cluster.training.contributions import Attempt
 from ...proto.expert_pb2 import Frame
 from ...proto.wire import CallLayout
+from ..runtime.devices import to_cpu
 
 
 class BackwardHalf:
@@ -28,12 +32,15 @@ class BackwardHalf:
         weights: int,
         *,
         first_part: int,
+        forward: Sequence[Send] = (),
     ) -> None:
         """Take what the call's parts are named by, and the gradient of its result.
 
         ``weights`` is the number of its assignments. Parts are numbered from ``first_part``, and no
-        other call of the layer and the worker's microbatch has these numbers.
+        other call of the layer and the worker's microbatch has these numbers. ``forward`` has the
+        parts of the forward call whose hosts may have kept activations.
         """
+        self.forward = forward
         self._attempt = attempt
         self._worker = worker
         self._microbatch = microbatch
@@ -51,8 +58,14 @@ class BackwardHalf:
 
     def write(self, send: Send, layout: CallLayout, buffer: Tensor) -> None:
         """Write the rows of the gradient that ``send`` needs."""
-        token_t = torch.from_numpy(send.token_t).to(self._grad_TH.device)
-        layout.grad_tensor(buffer).copy_(self._grad_TH.index_select(0, token_t))
+        grad_TH = self._on_cpu if buffer.device.type == "cpu" else self._grad_TH
+        token_t = torch.from_numpy(send.token_t).to(grad_TH.device)
+        layout.grad_tensor(buffer).copy_(grad_TH.index_select(0, token_t))
+
+    @functools.cached_property
+    def _on_cpu(self) -> Tensor:
+        """All rows at once: a send for each host would wait for the device each time."""
+        return to_cpu(self._grad_TH)
 
     def accept(self, send: Send, layout: CallLayout, payload: Tensor) -> None:
         """Take the gradients of the weights out of the answer to ``send``."""

@@ -24,6 +24,7 @@ from ...cluster.routing.expert_fallback import keep_top_experts
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import Frame, Reply
 from ...proto.wire import DTYPE_TO_WIRE, CallLayout, checksum, wide
+from ..runtime.devices import to_cpu
 from ..transport.base import call_of
 from .backward import BackwardHalf
 from .lent_part import LentPart
@@ -43,15 +44,19 @@ class LayerTensors:
         without: Iterable[int] = (),
         step: int = 0,
         half: BackwardHalf | None = None,
+        keep: bool = False,
     ) -> None:
         """Take the call's tensors; nothing is computed for the rows in ``without``.
 
-        With ``half`` the call is a backward one.
+        With ``half`` the call is a backward one; with ``keep`` one follows, so hosts keep
+        activations for it.
         """
         self.half = half
         self.key = key
         self.step = step  # the router's forward pass that this call belongs to
         self.exact = placement is not None and key.model in placement.exact
+        self.keep = keep and not self.exact  # with `exact` each half has products of its own
+        self.kept: list[Send] = []  # parts whose hosts may have kept activations
         self.dtype = x_TH.dtype
         self.x_TH = x_TH.detach().contiguous()
         self.tokens, self.hidden = x_TH.shape
@@ -79,7 +84,7 @@ class LayerTensors:
 
     @functools.cached_property
     def _on_cpu(self) -> np.ndarray:
-        return _as_numpy(_to_cpu(self.x_TH))
+        return _as_numpy(to_cpu(self.x_TH))
 
     def layout(self, rows: int, top_k: int) -> CallLayout:
         backward = self.half is not None
@@ -88,9 +93,11 @@ class LayerTensors:
     def rows_per_call(self, slot_bytes: int, most: int | None) -> int:
         """Return how many rows fit in one call to any host, even if all assignments go to it.
 
-        ``most`` is what hosts accept. Raises CallError if not even one fits in ``slot_bytes``.
+        ``most`` is what hosts accept. Raises CallError if not even one fits in ``slot_bytes``. A
+        call that is kept has the parts of its backward half, which is larger.
         """
-        one = self.layout(1, self.top_k).slot_bytes
+        sizes = 1, self.hidden, self.top_k, self.dtype, self.exact
+        one = CallLayout.of(*sizes, backward=self.keep or self.half is not None).slot_bytes
         fit = slot_bytes // one
         if fit < 1:
             raise CallError(
@@ -119,6 +126,7 @@ class LayerTensors:
         call.payload_bytes = layout.call_bytes
         call.attempt = send.attempt
         call.step = self.step
+        call.keep = self.keep
         call.version = send.version
         for expert, version in send.other_versions:
             call.other_versions.add(expert=expert, version=version)
@@ -168,6 +176,8 @@ class LayerTensors:
         layout = self.layout(rows, top_k)
         y_tH = layout.reply_tensor(payload)
         self._sums.take(send, y_tH)
+        if self.keep:
+            self.kept.append(send)
         if self.half is not None:
             self.half.accept(send, layout, payload)
         if reply.bad_experts:
@@ -368,20 +378,10 @@ def _on_cpu(ids_TK: Tensor, weights_TK: Tensor) -> tuple[np.ndarray, np.ndarray]
     """Return a copy of the ids, int32, and the weights; wait for a device once."""
     alike = ids_TK.device == weights_TK.device and weights_TK.dtype == torch.float32
     if ids_TK.is_cuda and alike:
-        both = _to_cpu(torch.stack([ids_TK.int(), weights_TK.view(torch.int32)]))
+        both = to_cpu(torch.stack([ids_TK.int(), weights_TK.view(torch.int32)]))
         return both[0].numpy(), both[1].view(torch.float32).numpy()
     ids_TK = ids_TK.to(device="cpu", dtype=torch.int32, copy=True)
     return ids_TK.numpy(), weights_TK.cpu().numpy()
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU, and wait until it is there; pinned memory is copied fastest."""
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    found.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return found
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -5,12 +5,14 @@ Shape suffixes: T = tokens, H = hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ...cluster.routing.events import Send
 from ...cluster.routing.expert_fallback import BatchExpertOptions
 from ...cluster.routing.layer_call import LayerCall
 from ...proto.errors import ClusterError
@@ -57,6 +59,11 @@ class PoolCall:
         self._call = call
         self._x_TH = x_TH
         self._ended = False
+
+    @property
+    def kept(self) -> Sequence[Send]:
+        """The parts, in a call with ``keep``, whose hosts have answered and may have kept them."""
+        return () if self._call is None else self._call.tensors.kept
 
     @property
     def done(self) -> bool:

@@ -25,7 +25,7 @@ from ...cluster.placement import Placement, PlacementId
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.events import RouterCommand
 from ...cluster.routing.expert_fallback import BatchExpertOptions
-from ...cluster.routing.layer_call import BACKWARD, FORWARD, CallKind, LayerCall, Outcome
+from ...cluster.routing.layer_call import BACKWARD, FORWARD, LayerCall, Outcome
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
 from ...kernels.ffn import ExpertForm
@@ -297,10 +297,13 @@ class Router:
         return self.whole_calls.compute(key, placement, *given, began, computation)
 
     @torch.no_grad()
-    def dispatch(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PoolCall:
+    def dispatch(
+        self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, keep: bool = False
+    ) -> PoolCall:
         """Send one layer's call to the hosts, and return it at once.
 
-        What hosts have lent is computed here, in `PoolCall.compute`.
+        What hosts have lent is computed here, in `PoolCall.compute`. With ``keep`` a `backward`
+        follows, for which hosts may keep activations.
 
         Its result is the weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
         A choice outside [0, experts) is skipped. Each call must be combined or cancelled; its
@@ -309,7 +312,7 @@ class Router:
         if x_TH.shape[0] == 0:
             return PoolCall(self, None, x_TH)
         check_tensors(x_TH, ids_TK, weights_TK)
-        return PoolCall(self, self._dispatch(key, x_TH, ids_TK, weights_TK), x_TH)
+        return PoolCall(self, self._dispatch(key, x_TH, ids_TK, weights_TK, keep=keep), x_TH)
 
     def _dispatch(
         self,
@@ -319,6 +322,7 @@ class Router:
         weights_TK: Tensor,
         *,
         again: bool = False,
+        keep: bool = False,
     ) -> RunningCall:
         """``again``: the call counted already, and is sent as a whole."""
         if not self.stirred.is_set():
@@ -326,10 +330,8 @@ class Router:
         with self._lock:
             self._check_open()
             self._waiting.listen()
-            placement, dead = self._dispatcher.placement, self.batch.dead
-            tensors = LayerTensors(
-                key, placement, x_TH, ids_TK, weights_TK, without=dead, step=self.step
-            )
+            given = self._dispatcher.placement, x_TH, ids_TK, weights_TK
+            tensors = LayerTensors(key, *given, without=self.batch.dead, step=self.step, keep=keep)
             options = self.batch.options(tensors.tokens, self.policy.deadline_s)
             if options is not None and options.experts_T is not None:
                 tensors.keep_top_experts(options.experts_T)
@@ -347,15 +349,16 @@ class Router:
         began: float,
         options: BatchExpertOptions | None = None,
         lent: LentPart | None = None,
-        kind: CallKind = FORWARD,
     ) -> RunningCall:
+        half = tensors.half
         state, begun = self._dispatcher.begin(
             tensors.key,
             tensors.ids_TK,
             max_rows=self._connections.rows_per_call(tensors),
             now=began,
             patience_T=patience(options and options.patience_T, lent, tensors.tokens),
-            kind=kind,
+            kind=FORWARD if half is None else BACKWARD,
+            like=() if half is None else half.forward,
         )
         running = RunningCall(state, tensors, options, began, lent)
         self._shell.running[state.number] = running
@@ -377,7 +380,7 @@ class Router:
         with self._lock:
             self._check_open()
             self._waiting.listen()
-            call = self._begin(tensors, self._clock(), kind=BACKWARD)
+            call = self._begin(tensors, self._clock())
             try:
                 assert call.state is not None
                 return self._outcome_of(call, call.state), call.state.parts
@@ -399,13 +402,14 @@ class Router:
             if not sound:
                 with self._lock:
                     self._over(call)
-        return call if sound else self._send_all(call.tensors.key, x_TH, lent)
+        return call if sound else self._send_all(call.tensors, x_TH, lent)
 
-    def _send_all(self, key: LayerKey, x_TH: Tensor, lent: LentPart) -> RunningCall:
+    def _send_all(self, tensors: LayerTensors, x_TH: Tensor, lent: LentPart) -> RunningCall:
         """Send a call as a whole: a slot changed that it was computed with."""
+        given = tensors.key, x_TH, lent.all_ids_TK, lent.weights_TK
         with self._lock:
-            self._lent_experts.changed(key)
-            return self._dispatch(key, x_TH, lent.all_ids_TK, lent.weights_TK, again=True)
+            self._lent_experts.changed(tensors.key)
+            return self._dispatch(*given, again=True, keep=tensors.keep)
 
     def combine(self, call: RunningCall, x_TH: Tensor) -> Tensor:
         """Wait for a call, and return its result (see `PoolCall.combine`)."""
@@ -416,7 +420,7 @@ class Router:
             finally:
                 self._over(call)
         assert call.lent is not None
-        return self.combine(self._send_all(call.tensors.key, x_TH, call.lent), x_TH)
+        return self.combine(self._send_all(call.tensors, x_TH, call.lent), x_TH)
 
     def progress(self) -> float:
         """Handle what has arrived and what is due, without waiting; return when to look again.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from ...cluster.card_memory import (
     CONTEXT_BYTES,
@@ -244,3 +245,13 @@ def _used_bytes(limit: Path) -> int:
     counts = dict(line.split(maxsplit=1) for line in lines if line)
     # Version 1 has both names; the total includes the groups below.
     return used - max((int(counts.get(name, 0)) for name in _INACTIVE), default=0)
+
+
+def to_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, and wait until it is there; pinned memory is copied fastest."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    found.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return found

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
+from ...cluster.routing.events import Send
 from ...cluster.training.contributions import Attempt
 from ...kernels.backward.accumulators import SumMemory
 from ...models.trunk.trainable import check_trainable
@@ -37,6 +38,7 @@ class ForwardCall:
     microbatch: int
     kept: KeptForward | None = None
     sent: bool = False  # its backward half is to be sent
+    parts: Sequence[Send] = ()  # those whose hosts may have kept activations
 
 
 class Learning:
@@ -139,7 +141,14 @@ class Learning:
                 out_TH, call.kept = found
                 return out_TH
             call.sent = True
-        return self.router.forward(key, x_TH, ids_TK, weights_TK)
+        out_TH = self.router.compute_all(key, x_TH, ids_TK, weights_TK)
+        if out_TH is not None:
+            return out_TH
+        sent = self.router.dispatch(key, x_TH, ids_TK, weights_TK, keep=call is not None)
+        out_TH = sent.combine()
+        if call is not None:
+            call.parts = sent.kept
+        return out_TH
 
     def backward(
         self,
@@ -188,6 +197,7 @@ class Learning:
             grad_y_TH.to(wide(x_TH.dtype)),
             ids_TK.numel(),
             first_part=self._parts[place],
+            forward=call.parts,
         )
         router = self.router
         tensors = LayerTensors(key, router.placement, x_TH, ids_TK, weights_TK, half=half)

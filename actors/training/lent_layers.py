@@ -117,7 +117,7 @@ class LentLayers:
             if kept is None:
                 pending = BACKWARD_KERNELS["loop"](form, layer.experts, x_TH, ids_TK, *given)
             else:
-                pending = kept_backward(form, layer.experts, kept.rows, *given)
+                pending = kept_backward(form, layer.experts, kept.rows, x_TH, *given)
             # What is not finite is sent, too: hosts say which expert makes it so.
             finite = all_finite(grad_x_TH) and all_finite(grad_weights_TK)
             if not finite or not reach.unchanged():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,12 @@ class Layers:
 
     def grouped_mm(self, call: Call) -> Callable[[], Tensor]:
         """transformers' experts, dispatched to its ``grouped_mm``, over the same memory."""
+        module = self.module(call.layer)
+        ids_TK, weights_TK = call.ids_TK.long(), call.weights_TK.bfloat16()
+        return lambda: module(call.x_TH, ids_TK, weights_TK)
+
+    def module(self, layer: int, *, learns: bool = False) -> Any:
+        """Return transformers' experts over a layer's memory; ``learns``: they get gradients."""
         from transformers import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -122,11 +129,10 @@ class Layers:
         config._experts_implementation = "grouped_mm"
         with torch.device("meta"):
             module = Qwen3MoeExperts(config)
-        up, down = self._weights(call.layer)
-        module.gate_up_proj = torch.nn.Parameter(up, requires_grad=False)
-        module.down_proj = torch.nn.Parameter(down, requires_grad=False)
-        ids_TK, weights_TK = call.ids_TK.long(), call.weights_TK.bfloat16()
-        return lambda: module(call.x_TH, ids_TK, weights_TK)
+        up, down = self.weights(layer)
+        module.gate_up_proj = torch.nn.Parameter(up, requires_grad=learns)
+        module.down_proj = torch.nn.Parameter(down, requires_grad=learns)
+        return module
 
     def liger(self, call: Call) -> Callable[[], Tensor]:
         """Liger's fused MoE over the same memory."""
@@ -134,14 +140,14 @@ class Layers:
             LigerFusedMoEFunction,
         )
 
-        up, down = self._weights(call.layer)
+        up, down = self.weights(call.layer)
         return lambda: LigerFusedMoEFunction.apply(
             call.x_TH, up, down, call.ids_TK, call.weights_TK
         )
 
     def oracle(self, call: Call) -> Tensor:
         """The same call in float64."""
-        up, down = self._weights(call.layer)
+        up, down = self.weights(call.layer)
         x_TH, inter = call.x_TH.double(), self.shape.intermediate
         out_TH = torch.zeros_like(x_TH)
         for expert in torch.unique(call.ids_TK).tolist():
@@ -152,6 +158,6 @@ class Layers:
             out_TH.index_add_(0, token, y * call.weights_TK[token, k].double()[:, None])
         return out_TH
 
-    def _weights(self, layer: int) -> tuple[Tensor, Tensor]:
+    def weights(self, layer: int) -> tuple[Tensor, Tensor]:
         held = slice(layer * self.shape.experts, (layer + 1) * self.shape.experts)
         return self.up_SUH[held], self.down_SHI[held]

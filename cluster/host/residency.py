@@ -88,6 +88,7 @@ class QueuedCall:
     other_versions: tuple[tuple[int, int], ...] = ()  # (expert, version) where it is another one
     attempt: int = 0  # failed sends before it in its router's layer call
     backward: bool = False  # it asks for gradients
+    keeps: bool = False  # activations are kept for its backward half
     ids: np.ndarray  # int32 expert ids, -1 as padding
 
     @property
@@ -303,8 +304,9 @@ class Residency:
 
 def _kind(call: QueuedCall) -> object:
     """Return what calls must have in common to be computed together."""
-    if call.backward:
+    if call.backward or call.keeps:
         # An expert's gradients are added up call by call, so that their bits are always the same.
+        # The activations of a call serve its own backward half.
         return call.router, call.seq
     # Versions of different experts could be merged as well, but such calls are rare.
     return call.key, call.exact, call.dtype, call.version, call.other_versions

@@ -37,7 +37,7 @@ from .events import (
     RouterEvent,
     Send,
 )
-from .hedging import Hedging, Latencies, TokenBucket
+from .hedging import Hedging
 from .host_health import HostHealth
 from .host_registry import HostRegistry
 from .layer_call import FORWARD, CallKind, InFlightSend, LayerCall, Sending
@@ -73,12 +73,7 @@ class Dispatcher:
         self._first_seq = 1  # of the sends under the placement in use
         self._rotations: dict[LayerKey, int] = defaultdict(int)
         self.meter = LoadMeter()
-        self._retrying = TokenBucket(
-            share=policy.retry_share, per_s=policy.retry_per_s, most=policy.retry_burst
-        )
-        budget = TokenBucket(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst)
-        latencies = Latencies(policy.hedge_quantile, policy.hedge_min_s)
-        self._hedging = Hedging(latencies, budget, self._retrying)
+        self._hedging = Hedging.of(policy)
         self.asked_for: LayerKey | None = None  # a layer that somebody waits for without a call
 
     @property
@@ -137,8 +132,7 @@ class Dispatcher:
         for host in over:
             self._orphan(host)
         for call in self._calls.values():
-            call.avoid.clear()
-            call.one_expert_per_send.clear()
+            call.placed_anew()
         return [*map(Disconnect, over), *self.tick(now)]
 
     # ---- calls ----------------------------------------------------------------------------------
@@ -152,11 +146,13 @@ class Dispatcher:
         now: float,
         patience_T: np.ndarray | None = None,
         kind: CallKind = FORWARD,
+        like: Sequence[Send] = (),
     ) -> tuple[LayerCall, list[RouterCommand]]:
         """Start a layer's call, which is over when it has an ``outcome``.
 
         Ids are int32; ids outside [0, experts) mark unused assignments. ``patience_T`` has the
-        seconds that each token waits for an expert that no host can compute at the moment.
+        seconds that each token waits for an expert that no host can compute at the moment. Rows of
+        sends in ``like``, of an earlier call of the same ids, go to the same hosts if they can.
         """
         ids_N = ids_TK.reshape(-1)
         layer = self.placement.layers.get(key) if self.placement is not None else None
@@ -183,6 +179,9 @@ class Dispatcher:
             patience_T=patience_T,
         )
         self._next_call += 1
+        again = [send for send in like if self.registry.takes(send, call, now)]
+        call.begin_like(again)
+        self._hedging.earn(len(again))
         return call, self.tick(now)
 
     def cancel(self, call: LayerCall, now: float) -> list[RouterCommand]:
@@ -375,7 +374,7 @@ class Dispatcher:
     def _pay(self, call: LayerCall, sends: int, now: float) -> None:
         # Retries are charged in any case; over budget they are held back until it allows them.
         call.attempts += 1
-        call.hold_until = max(call.hold_until, now + self._retrying.owe(sends, now))
+        call.hold_until = max(call.hold_until, now + self._hedging.owe(sends, now))
 
     def _stay(self, call: LayerCall, sends: Sequence[Send], now: float) -> None:
         """Let sends without an answer be sent to their own hosts again."""

@@ -15,6 +15,7 @@ from .events import Send
 from .host_health import HostHealth
 from .host_registry import HostRegistry
 from .layer_call import InFlightSend, LayerCall
+from .policy import RouterPolicy
 from .row_grouping import SendRows
 
 # Answers of one size that are remembered, and the least number for an estimate.
@@ -139,10 +140,24 @@ class Hedging:
         self._budget = budget
         self._retrying = retrying
 
+    @classmethod
+    def of(cls, policy: RouterPolicy) -> Hedging:
+        return cls(
+            Latencies(policy.hedge_quantile, policy.hedge_min_s),
+            TokenBucket(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst),
+            TokenBucket(
+                share=policy.retry_share, per_s=policy.retry_per_s, most=policy.retry_burst
+            ),
+        )
+
     def earn(self, sends: int) -> None:
         """Add the share of so many ordinary sends to both budgets."""
         self._budget.earn(sends)
         self._retrying.earn(sends)
+
+    def owe(self, retries: int, now: float) -> float:
+        """Charge retries to their budget; return the seconds until it allows another one."""
+        return self._retrying.owe(retries, now)
 
     def due(self, call: LayerCall, send: Send, now: float) -> float:
         """Return when a send that begins now is late enough to be repeated."""

@@ -14,7 +14,7 @@ from ..expert_keys import ExpertKey, LayerKey
 from ..placement import Placement
 from ..versions import LayerVersions
 from .assignment import choose_hosts
-from .events import Disconnect, RouterCommand
+from .events import Disconnect, RouterCommand, Send
 from .host_health import BEST_RANK, HostHealth, HostState
 from .layer_call import LayerCall
 from .policy import RouterPolicy
@@ -110,6 +110,28 @@ class HostRegistry:
             return False
         healths = (self.hosts.get(host) for host in layer.hosts(expert.expert))
         return any(health is not None and health.takes_calls(now) for health in healths)
+
+    def takes(self, send: Send, call: LayerCall, now: float) -> bool:
+        """Return whether a call may begin like an earlier one, of which ``send`` was a part.
+
+        Its host must take calls now, and be placed for the same versions of the same experts.
+        """
+        health = self.hosts.get(send.host)
+        if health is None or health.entry.incarnation != send.incarnation:
+            return False
+        if not health.takes_calls(now) or not health.rank(now) or self.unplaced([call.key]):
+            return False
+        if send.token_t.size > call.max_rows:
+            return False
+        assert self._routes is not None
+        host, versions = self._routes.index.get(send.host), self.versions(call.key)
+        held_EH = self._routes.layer(call.key).held_EH
+        named = versions.most, versions.others_of(send.ids_tk)
+        return (
+            host is not None
+            and bool(held_EH[call.ids_N[send.assignments], host].all())
+            and named == (send.version, send.other_versions)
+        )
 
     def choose(
         self, call: LayerCall, assignment_n: np.ndarray, now: float, *, besides: str = ""

@@ -9,7 +9,7 @@ Shape suffixes: N = T * K assignments flattened, n = some of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from .host_health import HostHealth
 from .row_grouping import SendRows, rows_of_groups
 
 _NONE = np.zeros(0, dtype=np.int64)
+# The number of a send that has not begun yet.
+NOT_SENT = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ class LayerCall:
     # expert from now on, which shows which one they lack.
     one_expert_per_send: set[str] = field(default_factory=set)
     parts: int = 0  # sends that began; the next one's number, if it is not the same rows again
-    # Sends that only their own host may compute, and that are to be sent there again.
+    # Sends that only their own host may compute, and that are to be sent there again, or as those
+    # of an earlier call.
     again: list[Send] = field(default_factory=list)
     # Refused for a reason that holds for every host, or lost with the only host that counts.
     failed: list[tuple[Send, Refused]] = field(default_factory=list)
@@ -163,6 +166,30 @@ class LayerCall:
     def sent(self, flight: InFlightSend) -> None:
         self.in_flight[flight.send.seq] = flight
         self.late_at = min(self.late_at, flight.expires, flight.hedge_at)
+
+    def begin_like(self, sends: Sequence[Send]) -> None:
+        """Let rows go where those of an earlier call went, in the same sends."""
+        if not sends:
+            return
+        self.again = [
+            replace(send, call=self.number, seq=NOT_SENT, part=part)
+            for part, send in enumerate(sends)
+        ]
+        self.parts = len(sends)
+        sent = np.concatenate([send.assignments for send in sends])
+        self.waiting_N = np.setdiff1d(self.waiting_N, sent, assume_unique=True)
+
+    def placed_anew(self) -> None:
+        """Take note that hosts may have other experts now."""
+        self.avoid.clear()
+        self.one_expert_per_send.clear()
+        self._choose_anew(send for send in self.again if send.seq == NOT_SENT)
+
+    def _choose_anew(self, sends: Iterable[Send]) -> None:
+        """Let parts wait for any host: nothing of them was sent."""
+        for send in list(sends):
+            self.again.remove(send)
+            self.wait_again(send.assignments)
 
     def update_late_at(self) -> None:
         """Set ``late_at`` to when the first send in flight is late."""
@@ -279,7 +306,9 @@ class LayerCall:
         sends = [f.send for f in self.in_flight.values() if f.send.host == host]
         for send in sends:
             del self.in_flight[send.seq]
-        sends += [send for send in self.again if send.host == host]
+        mine = [send for send in self.again if send.host == host]
+        self._choose_anew(send for send in mine if send.seq == NOT_SENT)
+        sends += [send for send in mine if send.seq != NOT_SENT]
         self.again = [send for send in self.again if send.host != host]
         why = "its connection ended before it had answered"
         self.failed += [(send, Refused(host, send.seq, "HostLost", why)) for send in sends]

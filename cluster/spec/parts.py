@@ -154,10 +154,10 @@ class Resources(Part):
                 "gpu_memory limits what is taken of a GPU, and device is 'cpu'; leave it out"
             )
 
-    def card_share(self, key: str) -> CardShare:
+    def card_share(self, key: str, *, trains: bool = False) -> CardShare:
         """Return what each process may take of its GPU; ``key`` is this section's in the spec."""
         limit = bytes_of(self.gpu_memory) if isinstance(self.gpu_memory, str) else self.gpu_memory
-        return CardShare(key=key, gpu_memory=limit, num_gpus=self.num_gpus)
+        return CardShare(key=key, gpu_memory=limit, num_gpus=self.num_gpus, trains=trains)
 
 
 BusyFraction = Annotated[float, Field(gt=0, le=1)]

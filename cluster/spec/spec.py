@@ -318,6 +318,11 @@ class Spec(Part):
         return (self.endpoint or EndpointSpec()).drain_s
 
     @property
+    def trains(self) -> bool:
+        """Whether a model of the spec can be trained."""
+        return any(model.train for model in self.models)
+
+    @property
     def router_policy(self) -> RouterPolicy:
         """The deadlines and limits of the cluster's routers."""
         lending = {self.lending_of(group) for group in self.hosts} - {"never"}
@@ -346,7 +351,6 @@ class Spec(Part):
         for number, group in enumerate(self.hosts):
             if self.lending_of(group) == "always":
                 self._check_lending(number, group)
-            self._check_training(number, group)
         for model in self.models:
             if model.replicas > self.num_hosts:
                 raise ValueError(
@@ -368,15 +372,6 @@ class Spec(Part):
         else:
             return
         raise ValueError(f"hosts.{number}.lending: 'always' is not possible: {why}; use 'auto'")
-
-    def _check_training(self, number: int, group: HostGroup) -> None:
-        """Check that hosts of a group can hold the models that are trained."""
-        trained = [f"models.{n}.train" for n, model in enumerate(self.models) if model.train]
-        if trained and group.device.startswith("cuda"):
-            raise ValueError(
-                f"hosts.{number}.device: {group.device!r}, but hosts on GPUs cannot train; set "
-                f"device: cpu, or {trained[0]}: false"
-            )
 
     def _check_names(self) -> None:
         """Check that no two models share a name or an alias."""

@@ -10,6 +10,8 @@ from ..expert_keys import ExpertKey
 from ..placement import HostEntry
 from .host_memory import HostMemory, TrainedBytes, shortage
 
+_CPU = "cpu"  # as the device of a host
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolNow:
@@ -51,6 +53,17 @@ class RunPlan:
     tensors: Mapping[ExpertKey, Trained]
     redundancy: int = 0  # owners of a key besides the first
     exact: bool = False
+
+
+def check_devices(plan: RunPlan, pool: PoolNow) -> None:
+    """Raise ClusterError if owners of one key may be on CPUs and on GPUs: their bits differ."""
+    kinds = {entry.device == _CPU: host for host, entry in pool.entries.items()}
+    if plan.redundancy and len(kinds) > 1:
+        raise ClusterError(
+            f"redundancy: {plan.redundancy}: {kinds[True]} computes on a CPU and {kinds[False]} on "
+            "a GPU, whose updates differ in the last bits; let all hosts be on one kind of device, "
+            "or use redundancy 0"
+        )
 
 
 def check_room(

@@ -55,7 +55,7 @@ from .owners import (
     ownerless,
     without_hosts,
 )
-from .run_plan import PoolNow, RunPlan, check_room
+from .run_plan import PoolNow, RunPlan, check_devices, check_room
 
 Answers = Mapping[str, Answer | MoesaicError]
 T = TypeVar("T")
@@ -84,6 +84,7 @@ class TrainingSteps:
 
         The first commit has ``next_version``. Raises ClusterError.
         """
+        check_devices(plan, pool)
         self.plan = plan
         self.step = 0  # steps that were committed, up to the state of now
         self._turn = 0  # commits and checkpoints that were taken over: it never goes back

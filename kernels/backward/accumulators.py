@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..ffn import all_finite, wide_dtype
 
-# That are converted to float64 at once: few enough to stay in a core's cache.
+# That are converted to float64 at once: few enough to stay in a core's cache. After each piece
+# there is a wait for the device.
 _ELEMENTS_OF_A_PIECE = 1 << 16
+_ELEMENTS_ON_A_DEVICE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +167,9 @@ def sum_of_squares(tensor: Tensor) -> float:
     It is NaN or infinite if some element is, or if the sum is too large for float64.
     """
     rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    most = _ELEMENTS_OF_A_PIECE if tensor.device.type == "cpu" else _ELEMENTS_ON_A_DEVICE
     squares: list[float] = []
-    for piece in rows.split(max(1, _ELEMENTS_OF_A_PIECE // max(1, rows.shape[1]))):
+    for piece in rows.split(max(1, most // max(1, rows.shape[1]))):
         wide = piece.to(torch.float64, copy=True)
         squares += torch.mul(wide, wide, out=wide).sum(dim=1).tolist()
     try:

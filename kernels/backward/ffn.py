@@ -3,7 +3,7 @@
 A call's work has two phases, so that a host can answer in between. A kernel writes the gradients of
 x and of the gate weights, which the caller waits for. What it returns (`PendingGradients`) adds the
 gradients of the experts' weights to accumulators later, in any thread; that is about two fifths of
-the work. A host keeps nothing of the forward call: activations are computed again from x.
+the work. Activations are computed again from x, unless the forward call has kept them (`kept`).
 
 All kernels have the same signature (`BackwardKernel`) and are listed in `BACKWARD_KERNELS`.
 `reference` is PyTorch's autograd through `expert_ffn`; tests compare the others with it.

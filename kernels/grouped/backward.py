@@ -1,11 +1,11 @@
 """The grouped backward pass over slots of device memory: no synchronisation, no atomics.
 
 `grouped_backward` computes the gradients of a layer call's x and gate weights. What it returns adds
-the gradients of the experts' weights to sums that lie as the slots do (`SlotGradients`). Both are
-enqueued on the current stream; nothing waits for the device.
+the gradients of the experts' weights to sums (`SlotGradients`). Both are enqueued on the current
+stream; nothing waits for the device.
 
 Shape suffixes: T = tokens, K = assignments of a token, N = T * K, H = hidden size, I = intermediate
-size, U = rows of the up-projection (2I if gated, otherwise I), S = slots.
+size, U = rows of the up-projection (2I if gated, otherwise I), S = slots, E = experts.
 """
 
 from __future__ import annotations
@@ -37,13 +37,18 @@ _ASSIGNMENTS_OF_A_PROGRAM = 16  # of `grad_gate_weights`
 
 @dataclass(frozen=True, slots=True)
 class SlotGradients:
-    """Sums of gradients by a tensor's name, each (S, ...): a slot for each slot of experts."""
+    """Sums of gradients by a tensor's name, each (places, ...), in the layout of slots."""
 
     sums: dict[str, Tensor]
 
     @classmethod
-    def zeros(cls, slots: LayerSlots, *, exact: bool = False) -> SlotGradients:
-        """Make sums in float32, or with ``exact`` in float64, to be rounded once."""
+    def zeros(
+        cls, slots: LayerSlots, *, places: int | None = None, exact: bool = False
+    ) -> SlotGradients:
+        """Make sums in float32, or with ``exact`` in float64, to be rounded once.
+
+        They have so many ``places`` (None: one for each slot, whatever layer it is of).
+        """
         dtype = torch.float64 if exact else torch.float32
         parts = {
             "up": slots.up_SUH,
@@ -53,15 +58,17 @@ class SlotGradients:
         }
         return cls(
             {
-                name: torch.zeros(part.shape, dtype=dtype, device=part.device)
+                name: part.new_zeros(
+                    (part.shape[0] if places is None else places, *part.shape[1:]), dtype=dtype
+                )
                 for name, part in parts.items()
                 if part is not None
             }
         )
 
-    def of_slot(self, slot: int) -> dict[str, Tensor]:
+    def at(self, place: int) -> dict[str, Tensor]:
         """Return an expert's sums; `from_slot` brings them into the model's layout."""
-        return {name: one[slot] for name, one in self.sums.items()}
+        return {name: one[place] for name, one in self.sums.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +130,25 @@ class PendingSlotGradients:
     def __init__(self, *products: _Product) -> None:
         self._products: tuple[_Product, ...] | None = products
 
-    def accumulate(self, into: SlotGradients) -> None:
+    def accumulate(self, into: SlotGradients, places_E: Tensor | None = None) -> Tensor | None:
         """Add the gradients of each used expert's tensors, and let their memory go.
 
-        Raises RuntimeError the second time: what is added twice is trained twice.
+        ``places_E`` (int32) has the place of each expert's sums; None: that of its slot. Nothing is
+        added for an expert whose place is -1. Returns how many rows each expert has had, (E,), or
+        None if the call has no tokens. Raises RuntimeError the second time: what is added twice is
+        trained twice.
         """
         if self._products is None:
             raise RuntimeError("the gradients of this call have been added already")
         products, self._products = self._products, None
+        if not products:
+            return None
+        spans_E3 = products[0].tiles.spans_E3
+        if places_E is not None:
+            spans_E3[:, 0] = places_E
         for product in products:
             product.add_to(into)
+        return spans_E3[:, 2]
 
 
 def grouped_backward(

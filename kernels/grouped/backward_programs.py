@@ -319,7 +319,7 @@ def weight_gradients(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Add a block of left.T @ right over an expert's rows to its slot of ``out``, once.
+    """Add a block of left.T @ right over an expert's rows to its place in ``out``, once.
 
     An assignment's row of ``left`` is ``assignment // left_rows``, multiplied by its gate weight if
     WEIGHTED, and likewise that of ``right``. The sum of the left rows is added to the bias's.
@@ -328,10 +328,10 @@ def weight_gradients(
     blocks = tl.cdiv(rows_out, BLOCK_M) * blocks_n
     expert = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
+    place = tl.load(spans_ptr + expert * 3).to(tl.int64)
     rows = tl.load(spans_ptr + expert * 3 + 2)
-    if rows == 0:
+    if (rows == 0) | (place < 0):
         return
-    slot = tl.load(spans_ptr + expert * 3).to(tl.int64)
     first = tl.load(spans_ptr + expert * 3 + 1)
     row_M = block // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     column_N = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -360,12 +360,12 @@ def weight_gradients(
         sums = _dot(left_KM.T, right_KN, sums, WIDEN)
         if HAS_BIAS:
             bias_M += tl.sum(left_KM.to(tl.float32), 0)
-    out_ptrs = out_ptr + slot * out_stride + row_M[:, None] * columns_out + column_N[None, :]
+    out_ptrs = out_ptr + place * out_stride + row_M[:, None] * columns_out + column_N[None, :]
     mask = inside_M[:, None] & inside_N[None, :]
     tl.store(out_ptrs, tl.load(out_ptrs, mask=mask) + sums.to(out_ptr.dtype.element_ty), mask=mask)
     if HAS_BIAS:
         # The blocks of the first columns have all rows once.
-        bias_ptrs = bias_out_ptr + slot * bias_stride + row_M
+        bias_ptrs = bias_out_ptr + place * bias_stride + row_M
         bias_mask = inside_M & (block % blocks_n == 0)
         old_M = tl.load(bias_ptrs, mask=bias_mask)
         tl.store(bias_ptrs, old_M + bias_M.to(bias_out_ptr.dtype.element_ty), mask=bias_mask)

@@ -210,6 +210,10 @@ class DeviceSlab:
             raise KeyError(f"layer {layer} has no version {version} of expert {expert}")
         place = self.entries.place(slot)
         tensors = {name: part[place] for name, part in self._pool(layer).parts.items()}
+        return self.in_models_layout(layer, tensors)
+
+    def in_models_layout(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies of tensors that lie as those of an expert in its slot."""
         transposed = self._layers[layer].form.transposed
         return from_slot(self._form(layer).activation, tensors, transposed=transposed)
 

@@ -6,7 +6,7 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from .. import ffn
 from ..ffn import ExpertForm, ExpertWeights
 from ..fused import LayerBank
 from ..grouped.slots import LayerSlots, StepFlags
+
+if TYPE_CHECKING:
+    from ..grouped.backward import PendingSlotGradients
 
 
 class MissingExpert(LookupError):
@@ -84,7 +87,7 @@ class DeviceLayer:
     def __init__(self, slots: LayerSlots) -> None:
         self.slots = slots
         self.ids_device = slots.table_LE.device
-        self.flags = StepFlags.on(self.ids_device)  # of what `compute` met
+        self.flags = StepFlags.on(self.ids_device)  # of what `compute` or `backward` met
 
     def for_a_call(self) -> DeviceLayer:
         return DeviceLayer(self.slots)
@@ -99,6 +102,27 @@ class DeviceLayer:
             grouped.exact_rows(self.slots, x_TH, ids_TK, weights_TK, out, self.flags)
         else:
             grouped.grouped_ffn(self.slots, x_TH, ids_TK, weights_TK, out, self.flags)
+
+    def backward(
+        self,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        grad_y_TH: Tensor,
+        grad_x: Tensor,
+        grad_weights_TK: Tensor,
+    ) -> PendingSlotGradients:
+        """Write the gradients of x and of the gate weights, as `grouped_backward` does.
+
+        ``flags`` says of both whether they are finite. Raises ValueError for float64 experts.
+        """
+        from ..grouped import backward as grouped
+
+        pending = grouped.grouped_backward(
+            self.slots, x_TH, ids_TK, weights_TK, grad_y_TH, grad_x, grad_weights_TK, self.flags
+        )
+        self.flags.infinite.logical_or_(~torch.isfinite(grad_weights_TK).all())
+        return pending
 
     def layer(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, flags: StepFlags, *, exact: bool

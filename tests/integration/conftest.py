@@ -39,19 +39,24 @@ def save_model(folder: Path, architecture: str, **overrides: Any) -> Path:
 @pytest.fixture
 def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter cannot run in two threads at once, as hosts and routers do here."""
-    from moesaic.kernels.grouped import ffn as grouped  # Triton is not needed elsewhere
+    from moesaic.kernels.grouped import backward, ffn  # Triton is not needed elsewhere
 
     lock = threading.Lock()
 
-    def locked(run: Callable[..., None]) -> Callable[..., None]:
-        def run_alone(*given: Any, **options: Any) -> None:
+    def locked(run: Callable[..., Any]) -> Callable[..., Any]:
+        def run_alone(*given: Any, **options: Any) -> Any:
             with lock:
-                run(*given, **options)
+                return run(*given, **options)
 
         return run_alone
 
-    for name in ("grouped_ffn", "exact_rows"):
-        monkeypatch.setattr(grouped, name, locked(getattr(grouped, name)))
+    for place, name in (
+        (ffn, "grouped_ffn"),
+        (ffn, "exact_rows"),
+        (backward, "grouped_backward"),
+        (backward.PendingSlotGradients, "accumulate"),
+    ):
+        monkeypatch.setattr(place, name, locked(getattr(place, name)))
 
 
 @pytest.fixture(scope="module")

@@ -323,8 +323,8 @@ class SlotMemory:
                 # The controller's load and a trunk's put may bring the same expert at the same
                 # time, and the first of them may be served by now.
                 there = self._slab.read(key.layer, key.expert, version)
-                given_tensors = weights.tensors()
-                if all(torch.equal(t.cpu(), given_tensors[name]) for name, t in there.items()):
+                given_tensors = {n: t.to(self._device) for n, t in weights.tensors().items()}
+                if all(torch.equal(t, given_tensors[name]) for name, t in there.items()):
                     return
                 # What an interrupted load left here was never served.
                 self._slab.free(key.layer, key.expert, version)
@@ -354,6 +354,10 @@ class SlotMemory:
 
     def layer(self, layer: int, version: int, others: Mapping[int, int]) -> DeviceLayer:
         return DeviceLayer(self._slab.layer(layer, version, others))
+
+    def in_models_layout(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies of tensors that lie as those of an expert in its slot."""
+        return self._slab.in_models_layout(layer, tensors)
 
     def lend(self) -> int | None:
         with self._writing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,6 +77,7 @@ class Asked:
     state: LayerCall
     ids_N: np.ndarray
     accepted: list[int] = field(default_factory=list)
+    answers: list[Send] = field(default_factory=list)  # the sends that were accepted
     # Choices that no host would have answered.
     refused_for_good: set[int] = field(default_factory=set)
 
@@ -170,6 +172,7 @@ class World:
 
     def _accepted(self, send: Send) -> None:
         assert (send.host, send.seq) in self.answered, "accepted what was never answered"
+        self.calls[send.call].answers.append(send)
         accepted = self.calls[send.call].accepted
         accepted += send.assignments.tolist()
         assert len(set(accepted)) == len(accepted), "a choice was accepted twice"
@@ -275,9 +278,16 @@ class World:
         max_rows: int = 64,
         patience_T: np.ndarray | None = None,
         kind: CallKind = FORWARD,
+        like: Sequence[Send] = (),
     ) -> Asked:
         state, begun = self.dispatcher.begin(
-            KEY, ids_TK, max_rows=max_rows, now=self.now, patience_T=patience_T, kind=kind
+            KEY,
+            ids_TK,
+            max_rows=max_rows,
+            now=self.now,
+            patience_T=patience_T,
+            kind=kind,
+            like=like,
         )
         asked = self.calls[state.number] = Asked(state, ids_TK.reshape(-1))
         self.run(begun)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from moesaic.actors.host.weight_store import ExpertStore, HostedModel, open_mode
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.host.residency import HostLimits
-from moesaic.cluster.placement import ModelRef, ModelShape, Placement
+from moesaic.cluster.placement import ModelRef, ModelShape, Placement, PlacementId
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.kernels.ffn import ExpertForm, ExpertWeights, reference_kernel
@@ -106,6 +106,16 @@ class Hosts:
     def holders(self, expert: int) -> list[ExpertHost]:
         named = self.placement.layers[KEY].hosts(expert)
         return [host for host in self.hosts if host.name in named]
+
+    def swap(self, one: str, other: str) -> None:
+        """Place all replicas of one host on the other, and the other way round."""
+        names = {one: other, other: one}
+        placement, layers = self.placement, {}
+        for key, layer in placement.layers.items():
+            swapped = [[r._replace(host=names[r.host]) for r in own] for own in layer.replicas]
+            layers[key] = replace(layer, replicas=tuple(map(tuple, swapped)))
+        number = PlacementId(placement.id.term, placement.id.epoch + 1)
+        self.placement = replace(placement, id=number, layers=layers)
 
     def refused(self) -> int:
         return sum(host.report().loop.refused for host in self.hosts)

@@ -132,7 +132,8 @@ class LocalTrunk:
         borrows: bool = False,
         policy: RouterPolicy = PATIENT,
     ) -> None:
-        self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
+        where = torch.device(pool.hosts.device)
+        self.model: Any = load_trunk(folder, dtype=dtype, device=where).train()
         self.model.requires_grad_(True)
         router = pool.hosts.router(borrows=borrows, policy=policy)
         pool.routers.append(router)

@@ -86,7 +86,7 @@ class Trunk:
 
     def __init__(self, pool: Hosts, folder: Path, dtype: torch.dtype, *, borrows: bool) -> None:
         self.pool, self.dtype = pool, dtype
-        self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
+        self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device(pool.device)).train()
         self.model.requires_grad_(True)
         self.connect(PATIENT, borrows=borrows)
 
@@ -125,7 +125,7 @@ class Trunk:
             for key in answer.keys:
                 wanted = BulkKey("gradient", key, attempt=attempt, source=host.name)
                 with host.training.reading(wanted) as tensors:
-                    _add(found, key, tensors)
+                    _add(found, key, {name: tensor.cpu() for name, tensor in tensors.items()})
         return found
 
     def gradients(self, attempt: Attempt = FIRST, *, here: bool | None = None) -> Gradients:
@@ -183,6 +183,7 @@ def training(folder: Path, **options: Any) -> Iterator[Trunk]:
 
 def loss_of(model: Any, ids: Tensor = IDS, **given: Any) -> Tensor:
     torch.manual_seed(0)  # some gates draw experts at random
+    ids = ids.to(next(model.parameters()).device)
     found = model(input_ids=ids, labels=ids, use_cache=False, **given)
     if found.loss is not None:
         return found.loss
@@ -259,5 +260,5 @@ def assert_equal(
 
 def assert_near(given: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
     scale = float(wanted.abs().max()) or 1.0
-    error = float((given - wanted).abs().max()) / scale
+    error = float((given.cpu() - wanted.cpu()).abs().max()) / scale
     assert error <= tolerance, f"{name}: {error}"

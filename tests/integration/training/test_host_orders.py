@@ -368,12 +368,3 @@ def test_renewing_checks_what_comes(folder: Path) -> None:
         host.release([ExpertVersion(absent, v) for v in (1, 2)])
         with pytest.raises(NotHere, match="it has nothing to renew"):
             host.train(Renew(run=RUN, version=2, owners={absent: steps.entries["host-1"]}))
-
-
-def test_hosts_on_gpus_do_not_train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(folder) as steps:
-        host = steps.hosts["host-0"]
-        monkeypatch.setattr(host._store, "device", torch.device("cuda", 0))
-        with pytest.raises(CallError, match="trained on hosts with device: cpu"):
-            host.train(OpenRun(run=RUN + 1, model="m", optimizer="SGD"))
-        assert host.report().owned

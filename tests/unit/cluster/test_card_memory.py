@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.card_memory import (
     CONTEXT_BYTES,
     LEAST_WORKSPACE_BYTES,
+    OWNED_PARAMETER_BYTES,
     PARTLY_FILLED_BYTES,
     Card,
     CardPlan,
@@ -18,6 +20,7 @@ from moesaic.cluster.card_memory import (
     mig_names,
     plan_cards,
 )
+from moesaic.kernels.training.update_rules import UpdateRule
 
 GB = 10**9
 TRUNK_FIXED = CONTEXT_BYTES + LEAST_WORKSPACE_BYTES
@@ -35,8 +38,9 @@ def host(
     device: int = 0,
     most: int | None = None,
     key: str = "hosts.0",
+    trains: bool = False,
 ) -> CardProcess:
-    share = CardShare(key=key, num_gpus=num_gpus, gpu_memory=gpu_memory)
+    share = CardShare(key=key, num_gpus=num_gpus, gpu_memory=gpu_memory, trains=trains)
     return CardProcess(share=share, device=device, holds_experts=True, most_expert_bytes=most)
 
 
@@ -313,3 +317,27 @@ def test_what_is_called_too_much_is_too_much(
 )
 def test_mig_instances_in_what_is_visible(visible: str | None, names: list[str]) -> None:
     assert mig_names(visible) == names
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def test_a_host_that_trains_sets_memory_apart_for_what_it_owns() -> None:
+    """With AdamW in 16 bits two versions take 4 bytes a parameter, and what is owned 16."""
+    serves, trains = (HostRoom.within(80 * GB, trains=trains) for trains in (False, True))
+    assert trains.expert_bytes == serves.expert_bytes // 5
+    total = trains.expert_bytes + trains.workspace_bytes
+    assert total == serves.expert_bytes + serves.workspace_bytes
+    master, gradient, state = UpdateRule("AdamW").bytes_of((1024, 1024), torch.bfloat16)
+    assert round((master + gradient + state) / 2**20) == OWNED_PARAMETER_BYTES
+
+
+@pytest.mark.parametrize("gpu_memory", [None, 90 * GB])
+def test_what_serves_beside_little_room_does_not_train(gpu_memory: int | None) -> None:
+    for trains, expected in ((False, []), (True, ["warning"])):
+        plan = plan_cards(
+            [card()], [host(gpu_memory=gpu_memory, trains=trains)], expert_bytes=30 * GB
+        )
+        found = [severity for severity, _ in said(plan)]
+        assert found == (["error"] if trains and gpu_memory else expected)
+    assert all("what training keeps" in one.message for one in plan.problems) or gpu_memory

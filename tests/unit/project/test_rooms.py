@@ -67,14 +67,15 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     actors/engine
 actors/training                     proto kernels kernels/backward kernels/slabs
                                     kernels/training models/export models/trunk models/training
-                                    cluster cluster/spec
+                                    cluster cluster/routing cluster/spec
                                     cluster/training actors/runtime actors/transport/bulk
                                     actors/router
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
                                     actors/runtime actors/text actors/engine actors/router
-actors/host/memory                  proto kernels kernels/slabs models/trunk cluster cluster/host
-                                    actors/runtime
-actors/host                         proto kernels kernels/backward kernels/slabs kernels/training
+actors/host/memory                  proto kernels kernels/backward kernels/slabs models/trunk
+                                    cluster cluster/host actors/runtime
+actors/host                         proto kernels kernels/backward kernels/grouped kernels/slabs
+                                    kernels/training
                                     models/folder models/trunk cluster cluster/host cluster/reports
                                     cluster/routing cluster/training actors/runtime actors/transport
                                     actors/transport/grpc actors/transport/bulk actors/host/memory

@@ -54,16 +54,6 @@ def test_a_quantised_checkpoint_is_not_trained(tmp_path: Path) -> None:
     assert refused == [("error", "models.0.train", "UnsupportedModel")]
 
 
-def test_hosts_on_the_gpus_of_this_machine_do_not_train(
-    whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    hosts = [{"device": "cpu"}, {"device": "auto"}]
-    trained = spec_of(whole, model={"train": True}, hosts=hosts)
-    (one,) = (one for one in preflight(trained).findings if one.path == "hosts.1.device")
-    assert "set device: cpu, or models.0.train: false" in one.message
-
-
 def test_devices_and_resources_that_a_local_ray_lacks(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -255,6 +255,14 @@ def test_calls_of_different_versions_are_not_computed_together() -> None:
     assert sorted(len(batch) for batch in batches) == [1, 1]
 
 
+def test_a_call_whose_activations_are_kept_is_computed_by_itself() -> None:
+    residency = host()
+    for one in (call(1), call(2, keeps=True), call(3), call(4, keeps=True)):
+        assert residency.admit(one, now=1.0) is None
+    batches = [residency.next_batch(1.0)[0] for _ in range(3)]
+    assert sorted([one.seq for one in batch] for batch in batches) == [[1, 3], [2], [4]]
+
+
 @pytest.mark.parametrize(
     ("stated", "cpu", "gpu"),
     [

@@ -73,7 +73,13 @@ def test_no_choice_is_lost_doubled_or_wrong(data: st.DataObject) -> None:
 def begin(world: World, data: st.DataObject, tokens: int, top_k: int, seed: int) -> None:
     kind = data.draw(st.sampled_from([FORWARD, BACKWARD]))
     max_rows = data.draw(st.integers(1, 5))
-    world.begin(ids(tokens, top_k, seed=tokens + seed), max_rows=max_rows, kind=kind)
+    before = [call for call in world.calls.values() if call.answers]
+    if kind is BACKWARD and before and data.draw(st.booleans()):
+        first = data.draw(st.sampled_from(before))
+        ids_TK = first.ids_N.reshape(-1, first.state.top_k)
+        world.begin(ids_TK, max_rows=max_rows, kind=kind, like=first.answers)
+    else:
+        world.begin(ids(tokens, top_k, seed=tokens + seed), max_rows=max_rows, kind=kind)
 
 
 def step(world: World, data: st.DataObject) -> None:

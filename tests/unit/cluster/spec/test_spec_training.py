@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from moesaic.cluster.spec.spec import parse_spec
@@ -15,15 +13,6 @@ MODEL = {"name": "m", "path": "demo", "train": True}
 def test_a_model_is_trained_only_if_its_spec_says_so() -> None:
     assert parse_spec({"models": [MODEL]}).models[0].train
     assert not parse_spec({"models": [MODEL | {"train": False}]}).models[0].train
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"], ids=["any", "one"])
-def test_hosts_on_gpus_do_not_train(device: str) -> None:
-    hosts: list[dict[str, Any]] = [{}, {"device": device}]
-    wrong = f"hosts.1.device: '{device}', but hosts on GPUs cannot train; set device: cpu, or"
-    with pytest.raises(SpecError, match=f"{wrong} models.0.train: false"):
-        parse_spec({"models": [MODEL], "hosts": hosts})
-    parse_spec({"models": [MODEL | {"train": False}], "hosts": hosts})
 
 
 def test_a_folder_keeps_no_updates_of_trained_weights() -> None:

@@ -304,6 +304,22 @@ def test_a_run_begins_with_all_owners_or_not_at_all() -> None:
         TrainingSteps(world.steps.plan, leaving, versions=WeightVersions(), next_version=2)
 
 
+@pytest.mark.parametrize("redundancy", [0, 1])
+def test_owners_of_one_key_are_on_one_kind_of_device(redundancy: int) -> None:
+    world = TrainingWorld(0, hosts=3, redundancy=redundancy)
+    pool, plan = world.now(), world.steps.plan
+    first, *others = pool.entries
+    gpus = {name: replace(pool.entries[name], device=f"GPU-{name}") for name in others}
+    versions = WeightVersions()
+    TrainingSteps(plan, replace(pool, entries=gpus), versions=versions, next_version=2)
+    mixed = replace(pool, entries={first: pool.entries[first], **gpus})
+    if redundancy:
+        with pytest.raises(ClusterError, match=rf"{first} computes on a CPU and h\d on a GPU"):
+            TrainingSteps(plan, mixed, versions=versions, next_version=2)
+    else:
+        TrainingSteps(plan, mixed, versions=versions, next_version=2)
+
+
 # ---- planted bugs -------------------------------------------------------------------------------
 
 

@@ -68,8 +68,7 @@ def test_both_halves_have_the_bits_of_the_kernels_that_keep_nothing(
 
     found = outputs(x_TH, ids_TK)
     kept = keeping_forward(form.forward, experts, *given, found[0])
-    x_TH.zero_()  # nothing is needed of it any more
-    pending = kept_backward(form, experts, kept, weights_TK, grad_y_TH, *found[1:])
+    pending = kept_backward(form, experts, kept, x_TH, weights_TK, grad_y_TH, *found[1:])
     for mine, other in zip(found, expected, strict=True):
         assert torch.equal(mine, other)
     sums = added_up(pending)
@@ -78,23 +77,22 @@ def test_both_halves_have_the_bits_of_the_kernels_that_keep_nothing(
 
 
 def test_the_memory_that_is_kept_is_what_is_stated() -> None:
-    """And the backward half takes it over: it keeps two tensors of H and I more for each row."""
+    """And the backward half takes it over: it keeps other tensors of 2 H and I for each row."""
     kind = KINDS["gated"]
     experts = random_experts(kind, range(EXPERTS), dtype=torch.float32, intermediate=7)
     x_TH, ids_TK, weights_TK, grad_y_TH = call(10, torch.float32, unused=0.0)
     out_TH, grad_x_TH, grad_weights_TK = outputs(x_TH, ids_TK)
     kept = keeping_forward(kind.form, experts, x_TH, ids_TK, weights_TK, out_TH)
     rows = 10 * TOP_K
-    assert kept.nbytes == rows * ((HIDDEN + 2 * 7) * 4 + 8)
-    first = {t.data_ptr() for one in kept._rows.values() for t in (one.x_RH, one.up_RU)}  # pyright: ignore[reportOptionalMemberAccess]
-    half = kept, weights_TK, grad_y_TH, grad_x_TH, grad_weights_TK
+    assert kept.nbytes == rows * (2 * 7 * 4 + 8)
+    first = {one.up_RU.data_ptr() for one in kept._rows.values()}  # pyright: ignore[reportOptionalMemberAccess]
+    half = kept, x_TH, weights_TK, grad_y_TH, grad_x_TH, grad_weights_TK
     pending = kept_backward(kind.backward_form, experts, *half)
     assert kept.nbytes == 0
     assert pending.nbytes == rows * (2 * HIDDEN + 3 * 7) * 4
     taken = {
-        t.data_ptr()
+        one.grad_up_RU.data_ptr()  # pyright: ignore[reportAttributeAccessIssue]
         for one in pending._gradients.values()  # pyright: ignore[reportOptionalMemberAccess]
-        for t in (one.x_RH, one.grad_up_RU)  # pyright: ignore[reportAttributeAccessIssue]
     }
     assert taken == first
 
@@ -105,7 +103,7 @@ def test_the_backward_half_is_computed_once() -> None:
     x_TH, ids_TK, weights_TK, grad_y_TH = call(4, torch.float64)
     out_TH, grad_x_TH, grad_weights_TK = outputs(x_TH, ids_TK)
     kept = keeping_forward(kind.form, experts, x_TH, ids_TK, weights_TK, out_TH)
-    half = kept, weights_TK, grad_y_TH, grad_x_TH, grad_weights_TK
+    half = kept, x_TH, weights_TK, grad_y_TH, grad_x_TH, grad_weights_TK
     kept_backward(kind.backward_form, experts, *half)
     with pytest.raises(RuntimeError, match="computed already"):
         kept_backward(kind.backward_form, experts, *half)

@@ -122,7 +122,7 @@ def in_models_layout(
     others = sorted(set(range(slots.up_SUH.shape[0])) - set(PLACES.values()))
     assert not any(bool(one[others].any()) for one in sums.sums.values())
     return {
-        expert: from_slot(slots.form.activation, sums.of_slot(slot), transposed=kind.transposed)
+        expert: from_slot(slots.form.activation, sums.at(slot), transposed=kind.transposed)
         for expert, slot in PLACES.items()
     }
 
@@ -345,7 +345,7 @@ def test_the_bits_do_not_depend_on_the_slots(device: str) -> None:
     assert torch.equal(grad_weights_TK, found.weights_TK)
     for expert, tensors in found.experts.items():
         for name, tensor in tensors.items():
-            assert torch.equal(sums.of_slot(moved[expert])[name], tensor)
+            assert torch.equal(sums.at(moved[expert])[name], tensor)
 
 
 def test_float64_is_refused() -> None:
