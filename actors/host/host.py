@@ -8,7 +8,6 @@ transports.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import threading
@@ -38,6 +37,7 @@ from ..runtime.devices import (
     pick_device,
     pinned_numa_node,
 )
+from ..runtime.garbage import return_freed_memory
 from ..transport.base import Listener
 from ..transport.bulk.links import BulkLinks
 from ..transport.bulk.server import BulkServer
@@ -204,7 +204,7 @@ class ExpertHost:
                 self._loading = 0
                 self._keep_memory()
                 self._note_change()
-                _return_freed_memory()
+                return_freed_memory()
 
     def add_models(self, models: Sequence[PlacedModel]) -> None:
         """Register models whose weights will be loaded or put."""
@@ -233,7 +233,7 @@ class ExpertHost:
             self._store.drop(one)
         self._keep_memory()
         log.info("host %s has released %d experts", self.name, len(gone), extra={"host": self.name})
-        _return_freed_memory()
+        return_freed_memory()
 
     def train(self, order: Order) -> Answer:
         """Carry out an order of a training run. See `HostTraining.order`."""
@@ -379,16 +379,6 @@ class ExpertHost:
             while self._revision() == known and (left_s := until - time.monotonic()) > 0:
                 self.check_health()
                 self._changed.wait(min(left_s, _LOOK_S))
-
-
-def _return_freed_memory() -> None:
-    """Return the heap's free memory to the system, if the C library can do so (glibc).
-
-    This covers released weights and the copies made while loading, which take half their size.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class _Weights:

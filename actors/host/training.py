@@ -29,6 +29,7 @@ from ...cluster.training.orders import (
     Gather,
     Gathered,
     NewlyOwned,
+    Opened,
     OpenRun,
     Order,
     Own,
@@ -40,6 +41,8 @@ from ...cluster.training.orders import (
 )
 from ...cluster.versions import WeightVersions
 from ...proto.errors import BadInput, Busy, MoesaicError, NotHere, Superseded
+from ..runtime.devices import machine_memory
+from ..runtime.garbage import return_freed_memory
 from .gradients import HostGradients
 from .run_tensors import RunTensors, check_shape
 from .weight_store import ExpertStore, ServedWeights
@@ -139,16 +142,21 @@ class HostTraining:
 
     # ---- runs -----------------------------------------------------------------------------------
 
-    def _open(self, order: OpenRun) -> None:
+    def _open(self, order: OpenRun) -> Opened:
         if self._run is not None and self._run.opened.run == order.run:
             if self._run.opened != order:
                 raise BadInput(f"run {order.run} was opened as {self._run.opened}, not {order}")
-            return
+            return self._opened()
         self._check_newest(order.run)
         self._store.check_trainable(order.model)
         run = RunTensors(self._host, self._store, order)
         self._forget()
         self._run, self._newest = run, order.run
+        return self._opened()
+
+    def _opened(self) -> Opened:
+        # Elsewhere training takes another memory than this machine's.
+        return Opened(machine_memory()[1] if self._store.device.type == "cpu" else None)
 
     def _close(self, number: RunId) -> None:
         if number != self._newest:
@@ -159,6 +167,7 @@ class HostTraining:
         self._on_loop(HostGradients.forget)
         self._run = None
         self._renewed = 0, set()
+        return_freed_memory()  # before anybody looks how much is free
 
     def _run_of(self, number: RunId) -> RunTensors:
         """Return an open run. Raises Superseded and NotHere."""

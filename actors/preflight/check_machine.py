@@ -20,6 +20,7 @@ from ...models.trunk.describe import HOST_BYTES, ModelDescription
 from ...proto.errors import ClusterError
 from ..runtime.devices import gpu_count, machine_memory
 from ..runtime.ports import check_address, check_port
+from .check_training import check_training_memory
 from .findings import Finding, finding_of
 
 # Ray leaves CUDA_VISIBLE_DEVICES as it is where this is set.
@@ -137,6 +138,7 @@ def check_local(spec: Spec, models: Mapping[str, ModelDescription]) -> Iterator[
     yield from _check_devices(spec)
     if not _on_gpus(spec):
         yield from _check_memory(spec, models)
+        yield from check_training_memory(spec, models)
     host = spec.network.bind
     if host != "node":
         try:

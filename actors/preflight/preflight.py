@@ -29,6 +29,7 @@ from .check_machine import (
     check_token,
 )
 from .check_model import check_model
+from .check_training import check_training
 from .check_updates import check_update_folders, check_updates
 from .findings import Finding, finding_of
 
@@ -116,18 +117,6 @@ def check_weights(spec: Spec, model: ModelSpec, described: ModelDescription) -> 
     )
     code = UnsupportedModel.__name__
     yield Finding(severity="error", path="trunk.engine", message=text, code=code)
-
-
-def check_training(model: ModelSpec, described: ModelDescription, at: str) -> Iterator[Finding]:
-    """Check that the experts of a model that is to be trained have gradients."""
-    if model.train and described.quantised is not None:
-        text = (
-            f"the checkpoint of model {model.name!r} is quantised ({described.quantised}), and "
-            "such weights cannot be trained; use a checkpoint in float32, bfloat16 or float16, or "
-            "set train: false"
-        )
-        code = UnsupportedModel.__name__
-        yield Finding(severity="error", path=f"{at}.train", message=text, code=code)
 
 
 def bounds_of(model: ModelSpec, described: ModelDescription) -> ExpertBounds:

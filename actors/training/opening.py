@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import ray
+import torch
 
 from ...cluster.expert_keys import SHARED, ExpertKey, trunk_block
+from ...cluster.training.host_memory import TrainedBytes
 from ...cluster.training.run_plan import RunPlan, Trained
 from ...cluster.training.steps import TrainingSteps
-from ...kernels.training.update_rules import UpdateRule
+from ...kernels.training.update_rules import OwnerBytes, UpdateRule
 from ...models.training.groups import TrainedTensors
 from ...models.training.trunk_blocks import trunk_blocks
 from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes, shared_shapes
@@ -22,6 +25,8 @@ from ..runtime.ray_border import controller_of, ray_get
 from ..transport.bulk.links import BulkLinks
 from .ray_pool import RayTrainingPool
 from .run import LearningTrunk, PoolRun
+
+log = logging.getLogger(__name__)
 
 # A model that was asleep is placed again first.
 _BEGIN_S = 90.0
@@ -66,6 +71,8 @@ def open_run(
         links.close()
         pool.end()
         raise
+    for host, memory in sorted(steps.planned_memory().items()):
+        log.info("run %d: %s is planned to need %s", begun.run, host, memory)
     return PoolRun(pool, links, trunk, steps)
 
 
@@ -84,30 +91,30 @@ def plan_run(
 
     ``layers`` are those of the trunk's model with its experts' parameters.
     """
-    wide_bytes = wide(trunk.learning.dtype).itemsize
+    dtype = trunk.learning.dtype
     tensors: dict[ExpertKey, Trained] = {}
     for layer in layers:
         shapes, shared = expert_shapes(layer), shared_shapes(layer)
         groups = trained.experts.get(layer.layer, {})
-
-        def of(names: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]] = shapes) -> Trained:
-            nbytes = sum(math.prod(shapes[name]) * wide_bytes for name in names)
-            return Trained(groups=names, nbytes=nbytes)
-
         # Experts of which nothing is trained have owners, too: each step is a version of them all.
-        own = of({name: group for name, group in groups.items() if name not in shared})
-        of_all = of({name: group for name, group in groups.items() if name in shared})
+        names = {name: group for name, group in groups.items() if name not in shared}
+        own = Trained(
+            groups=names,
+            memory=_expert_bytes(rule, shapes, shared, names, dtype, exact=exact),
+        )
         tensors |= {
             ExpertKey(model, layer.layer, expert): own for expert in range(layer.num_experts)
         }
-        if of_all.groups:
-            tensors[ExpertKey(model, layer.layer, SHARED)] = of_all
+        if of_all := {name: group for name, group in groups.items() if name in shared}:
+            tensors[ExpertKey(model, layer.layer, SHARED)] = Trained(
+                groups=of_all,
+                memory=_owned_bytes(rule.bytes_of(shapes[name], dtype) for name in of_all),
+            )
     parameters = dict(trunk.model.named_parameters())
     for number, groups in enumerate(trunk_blocks(trunk.model, trained.trunk)):
-        nbytes = sum(
-            parameters[name].numel() * wide(parameters[name].dtype).itemsize for name in groups
-        )
-        tensors[trunk_block(model, number)] = Trained(groups=groups, nbytes=nbytes)
+        own = [parameters[name] for name in groups]
+        memory = _owned_bytes(rule.bytes_of(tuple(one.shape), one.dtype) for one in own)
+        tensors[trunk_block(model, number)] = Trained(groups=groups, memory=memory)
     return RunPlan(
         run=run,
         model=model,
@@ -116,4 +123,30 @@ def plan_run(
         tensors=tensors,
         redundancy=redundancy,
         exact=exact,
+    )
+
+
+def _expert_bytes(
+    rule: UpdateRule,
+    shapes: Mapping[str, tuple[int, ...]],
+    shared: Collection[str],
+    trained: Iterable[str],
+    dtype: torch.dtype,
+    *,
+    exact: bool,
+) -> TrainedBytes:
+    """Return the sizes of one expert's tensors; hosts add up the gradients of its own."""
+    parameters, wide_type = sum(map(math.prod, shapes.values())), wide(dtype)
+    own = sum(math.prod(shape) for name, shape in shapes.items() if name not in shared)
+    return _owned_bytes(rule.bytes_of(shapes[name], dtype) for name in trained)._replace(
+        version=parameters * dtype.itemsize,
+        gradient=own * wide_type.itemsize,
+        added=own * (torch.float64 if exact else wide_type).itemsize,
+    )
+
+
+def _owned_bytes(tensors: Iterable[OwnerBytes]) -> TrainedBytes:
+    owned = list(tensors)
+    return TrainedBytes(
+        master=sum(one.master for one in owned), state=sum(one.state for one in owned)
     )

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ...cluster.expert_keys import TRUNK, ExpertKey
 from ...cluster.spec.text import bytes_of
+from ...cluster.training.host_memory import HostMemory
 from ...cluster.training.orders import BulkKey, GroupUpdate, Order
 from ...cluster.training.run_plan import PoolNow, RunPlan
 from ...cluster.training.steps import Answers, Exchange, Squares, TrainingSteps
@@ -167,6 +168,11 @@ class PoolRun:
     def has_gradients(self) -> bool:
         """Whether gradients were added up since the last step, or since they were dropped."""
         return bool(self._trunk.learning.layers) or self._without is not None
+
+    def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
+        """Return what each host takes for the run; ``lent``: this process computes all calls."""
+        with self._lock:
+            return self._steps.planned_memory(lent=lent)
 
     def squares(self) -> dict[tuple[int, str], float]:
         """Return the sum of squares of the experts' gradients, by layer and name in the pool.

@@ -46,13 +46,19 @@ class OpenRun:
     """Begin a run; the host forgets what older runs have left. Raises Superseded for an older one.
 
     One that was closed begins anew: a run lets a host that it has lost sight of do both. The answer
-    is None.
+    is `Opened`.
     """
 
     run: RunId
     model: str
     optimizer: str  # a class of torch.optim
     settings: Mapping[str, object] = field(default_factory=dict)  # its hyperparameters
+
+
+class Opened(NamedTuple):
+    """The memory that the host's machine has free, where training would take it; None: unknown."""
+
+    free_bytes: int | None
 
 
 class NewlyOwned(NamedTuple):
@@ -182,4 +188,4 @@ class CloseRun:
 
 
 Order = OpenRun | Own | Disown | Begin | Gather | Reduce | Commit | Serve | Renew | CloseRun
-Answer = Gathered | Prepared | None
+Answer = Opened | Gathered | Prepared | None

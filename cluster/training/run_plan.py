@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...proto.errors import ClusterError
 from ..expert_keys import ExpertKey
 from ..placement import HostEntry
+from .host_memory import HostMemory, TrainedBytes, shortage
 
 _CPU = "cpu"  # as the device of a host
 
@@ -33,7 +34,12 @@ class Trained:
     """What is trained under one key."""
 
     groups: Mapping[str, int]  # name -> the group of its hyperparameters
-    nbytes: int  # of its master
+    memory: TrainedBytes
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its master, and of its owners' gradient."""
+        return self.memory.master
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,4 +63,23 @@ def check_devices(plan: RunPlan, pool: PoolNow) -> None:
             f"redundancy: {plan.redundancy}: {kinds[True]} computes on a CPU and {kinds[False]} on "
             "a GPU, whose updates differ in the last bits; let all hosts be on one kind of device, "
             "or use redundancy 0"
+        )
+
+
+def check_room(
+    plan: RunPlan,
+    planned: Mapping[str, HostMemory],
+    pool: PoolNow,
+    free_bytes: Mapping[str, int | None],
+) -> None:
+    """Raise ClusterError if some machine lacks memory for what its hosts are to keep.
+
+    ``planned`` is what each host takes, and ``free_bytes`` what it has found free.
+    """
+    nodes = {host: entry.node for host, entry in pool.entries.items()}
+    if why := shortage({h: one for h, one in planned.items() if h in nodes}, nodes, free_bytes):
+        raise ClusterError(
+            f"{plan.model} cannot be trained with {plan.optimizer} here: {why}; end other "
+            "programs, use more machines, fewer replicas, less redundancy or an optimizer with "
+            "less state, or train fewer parameters"
         )

@@ -26,6 +26,7 @@ from ..expert_keys import TRUNK, ExpertKey, is_shared
 from ..placement import HostEntry
 from ..versions import WeightVersions
 from .contributions import Attempt
+from .host_memory import HostMemory, memory_of_hosts
 from .orders import (
     Answer,
     Begin,
@@ -36,6 +37,7 @@ from .orders import (
     Gathered,
     GroupUpdate,
     NewlyOwned,
+    Opened,
     OpenRun,
     Order,
     Own,
@@ -54,7 +56,7 @@ from .owners import (
     owners_of_shared,
     without_hosts,
 )
-from .run_plan import PoolNow, RunPlan, check_devices
+from .run_plan import PoolNow, RunPlan, check_devices, check_room
 
 Answers = Mapping[str, Answer | MoesaicError]
 T = TypeVar("T")
@@ -96,6 +98,7 @@ class TrainingSteps:
         self._reduction: _Reduction | None = None
         # Hosts that know the run, and in which incarnation they came to know it.
         self._members: dict[str, int] = {}
+        self._free_bytes: dict[str, int | None] = {}  # when hosts came to know it
         # What hosts have to forget: others own it by now, or an order to own it may have failed.
         self._left: dict[str, set[ExpertKey]] = {}
         # The first owners alone; `own` copies what they own to the others.
@@ -128,12 +131,19 @@ class TrainingSteps:
         serving = [h for h in self._pool.holders.get(key, ()) if h in self._pool.entries]
         return [*(self._pool.entries[h] for h in serving), *self.owning(key)]
 
+    def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
+        """Return what each host takes for the run; ``lent`` as in `memory_of_hosts`."""
+        sizes = {key: one.memory for key, one in self.plan.tensors.items()}
+        owners = self._dealt(self._pool.entries)
+        return memory_of_hosts(sizes, owners, self._pool.holders, lent=lent)
+
     # ---- the run's beginning and end ------------------------------------------------------------
 
     def open(self) -> Exchange[None]:
-        """Let all hosts begin the run. Raises ClusterError."""
+        """Let all hosts begin the run. Raises ClusterError, also if memory does not suffice."""
         failed = yield from self._enter(self._pool.entries)
         _raise_first(failed, "begin the run")
+        check_room(self.plan, self.planned_memory(), self._pool, self._free_bytes)
 
     def own(self) -> Exchange[None]:
         """Let owners take over what is trained, and begin the first attempt. Raises ClusterError.
@@ -153,7 +163,8 @@ class TrainingSteps:
 
     def lose(self, why: str) -> StepLost:
         """End the attempt under way; return the error that says so."""
-        return self._is_lost(why)
+        self._lost = why
+        return StepLost(f"{self.attempt} is lost: {why}; the weights are those of the last step")
 
     # ---- one step -------------------------------------------------------------------------------
 
@@ -182,7 +193,7 @@ class TrainingSteps:
         # A host commits all that it owns, so it may own no more than it prepares.
         yield from self._let_forget()
         if late := self._left.keys() & keys_by_host(self.owners).keys():
-            raise self._is_lost(f"{min(late)} may still own what others own by now")
+            raise self.lose(f"{min(late)} may still own what others own by now")
         found = yield dict.fromkeys(self._members, Gather(attempt=self.attempt))
         sources: dict[ExpertKey, tuple[str, ...] | None] = {
             key: None if key.layer in without else ()
@@ -198,7 +209,7 @@ class TrainingSteps:
             for key in trained.intersection(keys):
                 have = sources[key]
                 if have is None:
-                    raise self._is_lost(f"{key} has gradients from {source}, and is to be left out")
+                    raise self.lose(f"{key} has gradients from {source}, and is to be left out")
                 sources[key] = (*have, source)
         self._reduction = reduction
         return (yield from self._reduce(reduction, sources))
@@ -363,15 +374,11 @@ class TrainingSteps:
     def _check_attempt(self) -> None:
         self._check()
         if self._lost:
-            raise self._is_lost(self._lost)
-
-    def _is_lost(self, why: str) -> StepLost:
-        self._lost = why
-        return StepLost(f"{self.attempt} is lost: {why}; the weights are those of the last step")
+            raise self.lose(self._lost)
 
     def _or_lost(self, answer: Answer | MoesaicError, host: str, kind: type[T]) -> T:
         if isinstance(answer, MoesaicError):
-            raise self._is_lost(f"{host}: {answer}") from answer
+            raise self.lose(f"{host}: {answer}") from answer
         assert isinstance(answer, kind), answer
         return answer
 
@@ -409,6 +416,8 @@ class TrainingSteps:
             for host, answer in (yield dict.fromkeys(asked, order)).items():
                 if isinstance(order, CloseRun) and isinstance(answer, NotHere):
                     continue  # it does not know the run
+                if isinstance(answer, Opened):
+                    self._free_bytes[host] = answer.free_bytes
                 if isinstance(answer, MoesaicError):
                     failed[host] = answer
                     if isinstance(order, Begin):

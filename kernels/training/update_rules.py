@@ -138,17 +138,6 @@ class UpdateRule:
         master = math.prod(shape) * wide.itemsize
         return OwnerBytes(master, master, state)
 
-    def bytes_per_parameter(
-        self, dtype: torch.dtype, shape: tuple[int, ...] = (1024, 1024)
-    ) -> float:
-        """Return an owner's memory for one parameter of a weight, together with the weight itself.
-
-        Weights in the wide type are their own master. The shape matters little, except to
-        optimizers that keep sums of rows and columns.
-        """
-        beside = 0 if dtype == wide_dtype(dtype) else dtype.itemsize
-        return beside + self.bytes_of(shape, dtype).total / math.prod(shape)
-
     def _known(self, given: Mapping[str, object]) -> dict[str, object]:
         for key, value in given.items():
             if key not in self._defaults:

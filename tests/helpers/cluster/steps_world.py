@@ -22,6 +22,7 @@ from moesaic.cluster.expert_keys import (
     trunk_block,
 )
 from moesaic.cluster.training.contributions import Part
+from moesaic.cluster.training.host_memory import TrainedBytes
 from moesaic.cluster.training.orders import (
     Answer,
     Begin,
@@ -103,7 +104,8 @@ class TrainingWorld:
             settings={},
             tensors={
                 key: Trained(
-                    groups={"w": 0}, nbytes=1 if is_shared(key) else self.random.randint(1, 9)
+                    groups={"w": 0},
+                    memory=TrainedBytes(master=1 if is_shared(key) else self.random.randint(1, 9)),
                 )
                 for key in trained
             },

@@ -100,9 +100,9 @@ actors/endpoint/http                proto cluster/reports cluster/service cluste
                                     actors/runtime actors/engine actors/endpoint/openai
 actors/endpoint                     proto cluster/service actors/text actors/engine
                                     actors/endpoint/openai actors/endpoint/http
-actors/preflight                    proto models models/folder models/trunk cluster
-                                    cluster/planner cluster/scaling cluster/spec actors/text
-                                    actors/runtime actors/engine
+actors/preflight                    proto kernels/training models models/folder models/trunk cluster
+                                    cluster/planner cluster/scaling cluster/spec cluster/training
+                                    actors/text actors/runtime actors/engine
 actors/serve                        proto models models/folder cluster cluster/reports
                                     cluster/service cluster/routing cluster/scaling cluster/spec
                                     actors/runtime actors/engine actors/trunk
