@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...cluster.expert_keys import SHARED, ExpertKey, LayerKey
 from ...cluster.training.contributions import Attempt, Contributions, Part
-from ...kernels.backward.accumulators import GradientAccumulators
+from ...kernels.backward.accumulators import GradientAccumulators, ReusedMemory
 from ...kernels.backward.ffn import BACKWARD_KERNELS, BackwardForm
 from ...kernels.backward.kept import keeping_forward, kept_backward
 from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer
@@ -60,6 +60,7 @@ class HostGradients:
         self._store = store
         self._contributions = Contributions()
         self._exact = False
+        self._memory = ReusedMemory()
         self._sums: ExpertSums = GradientAccumulators()
         self._forms: dict[LayerKey, BackwardForm] = {}
         self._device: DeviceBackward | None = None  # made for the first call, if experts are on one
@@ -74,7 +75,9 @@ class HostGradients:
         """
         if self._contributions.begin(attempt):
             self._exact = exact
-            self._sums = GradientAccumulators(exact=exact)
+            # Whoever still reads sums of the attempt before can use them no more.
+            self._memory.begin()
+            self._sums = GradientAccumulators(exact=exact, memory=self._memory)
             self._pending = None  # if an error came between an answer and what it adds up
             self._forms.clear()  # another model may have come under the name of one
             if self._limit_bytes is None:
@@ -186,6 +189,7 @@ class HostGradients:
         """Drop what was added up, and close the attempt under way: its run is over."""
         self._contributions.forget()
         self.activations.end()
+        self._memory.clear()
         self._sums = GradientAccumulators()
         self._pending = None
         self._limit_bytes = None

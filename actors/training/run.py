@@ -352,9 +352,10 @@ class PoolRun:
         """Serve what was committed, take the trunk's new weights, and begin the next attempt."""
         steps = self._steps
         self._pool.publish(steps.versions.models[self._plan.model], PUBLISH_S)
-        self._each(self._blocks, self._get_weights)
-        self._served = steps.versions
+        getting = self._all(self._blocks, self._get_weights)
         self._exchange(steps.begin())
+        self._await_all(getting)
+        self._served = steps.versions
         self._begun()
 
     def _begun(self) -> None:
@@ -417,8 +418,15 @@ class PoolRun:
         raise ClusterError(f"{kind} of {key} cannot be read: {error}") from error
 
     def _each(self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]) -> None:
-        """Do something with blocks of the trunk side by side; raise the first error."""
-        begun = [self._threads.submit(act, key) for key in keys]
+        """Do something with keys side by side; raise the first error."""
+        self._await_all(self._all(keys, act))
+
+    def _all(
+        self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]
+    ) -> list[Future[None]]:
+        return [self._threads.submit(act, key) for key in keys]
+
+    def _await_all(self, begun: list[Future[None]]) -> None:
         for one in begun:
             one.result()
 

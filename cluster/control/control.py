@@ -79,7 +79,7 @@ class Control:
         self._parts_for: object = None
         self._asked: MakePlan | None = None
         self._published_for: object = None
-        self._nothing_pending = False
+        self.at_target = False  # whether hosts have all that the last plan gives them
         self._planned_for: object = None  # hosts, models and constraints of the target
         self._planned_windows = 0
         self.planned_at: float | None = None  # when the planner was last asked
@@ -256,7 +256,7 @@ class Control:
         Except for leases that end and for the periodic check of the balance.
         """
         at_rest = not self.updates.arriving() and self.training.alive is None
-        settled = self._nothing_pending and self._asked is None and at_rest
+        settled = self.at_target and self._asked is None and at_rest
         return settled and self.state == self._published_for and self._planned_for == self._key(now)
 
     def unprotected(self) -> list[ExpertKey]:
@@ -333,7 +333,7 @@ class Control:
             placement = self.publisher.publish(target, self.models, self._is_lost)
             commands += [Publish(placement=placement)] if placement is not None else []
             self._published_for = self.state
-            self._nothing_pending = not self.pending()
+            self.at_target = not self.pending()
         # Step 5: let hosts evict what no router can ask for any more.
         if self.settled:
             evictable = self.publisher.evictable(
@@ -345,7 +345,7 @@ class Control:
             for host in [host for host in idle if host in evictable]:
                 commands.append(Evict(host=host, weights=tuple(evictable[host])))
                 self.view.forget(host, evictable[host])
-            if self._nothing_pending:
+            if self.at_target:
                 self.changes.done(now)
         # Step 6: let hosts forget training runs that do not live.
         for host, seen in self.view.observations.items():
@@ -370,7 +370,7 @@ class Control:
             self._asked = self.plan_for_all(now)
         elif (
             self.policy.auto
-            and self._nothing_pending
+            and self.at_target
             and self._rebalance_timer.is_due(now, self.loads.shifted_at)
         ):
             self._rebalance_timer.note_check(now)

@@ -35,7 +35,7 @@ class HostMemory:
     masters: int = 0
     state: int = 0
     added: int = 0  # gradients of the experts that are served, while calls are added to them
-    gathered: int = 0  # the same gradients, closed for calls
+    gathered: int = 0  # the same gradients in their own type, closed for calls
     # Gradients of what is owned, where they are other tensors than the gathered ones: sums over
     # several hosts, and what a trunk has put.
     sums: int = 0
@@ -45,19 +45,22 @@ class HostMemory:
     def at_rest(self) -> int:
         """Between two steps; the first one has made state and the second version of the weights.
 
-        Both versions keep their memory, and steps fill one after the other.
+        Both versions keep their memory, and steps fill one after the other. What gradients were
+        added up in stays for the next ones.
         """
-        return 2 * self.weights + self.masters + self.state
+        return 2 * self.weights + self.masters + self.state + self.added
 
     @property
     def learning(self) -> int:
         """After the backward calls of a step."""
-        return self.at_rest + self.added + self.kept
+        return self.at_rest + self.kept
 
     @property
     def reduced(self) -> int:
         """Once gradients are summed up."""
-        return self.at_rest + self.gathered + self.sums
+        # Only sums of another type are rounded into memory of their own.
+        rounded = self.gathered if self.gathered < self.added else 0
+        return self.at_rest + rounded + self.sums
 
     @property
     def peak(self) -> int:
@@ -65,8 +68,8 @@ class HostMemory:
 
     @property
     def passing(self) -> int:
-        """What comes and goes with each step: gradients and activations."""
-        return self.peak - self.at_rest
+        """What gradients and activations take, at most."""
+        return self.peak - self.at_rest + self.added
 
     def without_state(self) -> HostMemory:
         """Return the same with an optimizer that keeps nothing."""

@@ -15,11 +15,6 @@ from torch import Tensor
 
 from ..ffn import all_finite, wide_dtype
 
-# That are converted to float64 at once: few enough to stay in a core's cache. After each piece
-# there is a wait for the device.
-_ELEMENTS_OF_A_PIECE = 1 << 16
-_ELEMENTS_ON_A_DEVICE = 1 << 24
-
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
@@ -41,6 +36,33 @@ class SumMemory(Protocol):
         The same place is the same memory every time.
         """
         ...
+
+
+class ReusedMemory:
+    """Sums lie where those of the attempt before lay, if the same experts are used again.
+
+    Memory that is written to for the first time costs more than adding to it.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[Hashable, Tensor] = {}
+        self._used: dict[Hashable, Tensor] = {}
+
+    def begin(self) -> None:
+        """Let the next sums lie where those since the last call did; others' memory is freed."""
+        self._before, self._used = self._used, {}
+
+    def tensor(self, place: Hashable, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        found = self._before.pop(place, None)
+        if found is None or found.shape != shape or found.dtype != dtype:
+            # A tensor that is made in inference mode cannot be changed outside of it.
+            with torch.inference_mode(False):
+                found = torch.empty(shape, dtype=dtype)
+        self._used[place] = found
+        return found
+
+    def clear(self) -> None:
+        self._before, self._used = {}, {}
 
 
 class GradientAccumulators:
@@ -167,13 +189,9 @@ def sum_of_squares(tensor: Tensor) -> float:
     It is NaN or infinite if some element is, or if the sum is too large for float64.
     """
     rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-    most = _ELEMENTS_OF_A_PIECE if tensor.device.type == "cpu" else _ELEMENTS_ON_A_DEVICE
-    squares: list[float] = []
-    for piece in rows.split(max(1, most // max(1, rows.shape[1]))):
-        wide = piece.to(torch.float64, copy=True)
-        squares += torch.mul(wide, wide, out=wide).sum(dim=1).tolist()
+    # Elements are widened as they are read, so this is one pass over the tensor.
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     try:
-        # `fsum` makes no rounding error of its own, so how the tensor is cut does not show.
-        return math.fsum(squares)
+        return math.fsum(norms.square().tolist())
     except OverflowError:
         return math.inf

@@ -45,7 +45,7 @@ def of_host(one: TrainedBytes, *, owns: bool, replicas: int = 1, lent: bool = Fa
 
 def test_bytes_of_a_parameter_on_an_owner() -> None:
     keys = ("at rest", "learning", "reduced")
-    for one, expected in ((FLOAT32, (20, 24, 24)), (BFLOAT16, (16, 20, 20))):
+    for one, expected in ((FLOAT32, (24, 24, 24)), (BFLOAT16, (20, 20, 20))):
         assert megabytes(of_host(one, owns=True)) == dict(zip(keys, expected, strict=True))
 
 
@@ -57,7 +57,7 @@ def test_an_owner_sums_up_what_several_hosts_have() -> None:
 
 def test_another_replica() -> None:
     assert megabytes(of_host(FLOAT32, owns=False)) == {
-        "at rest": 8,
+        "at rest": 12,
         "learning": 12,
         "reduced": 12,
     }
@@ -85,10 +85,10 @@ def test_an_owner_that_serves_nothing() -> None:
 def test_exact_sums_and_kept_activations_count_while_a_host_learns() -> None:
     exact = FLOAT32._replace(added=8 * MB)
     assert of_host(exact, owns=True).learning == 28 * MB
-    assert of_host(exact, owns=True).reduced == 24 * MB
+    assert of_host(exact, owns=True).reduced == 32 * MB
     kept = memory_of_hosts({EXPERT: FLOAT32}, {EXPERT: ("a",)}, {EXPERT: ("a",)}, kept=5 * MB)["a"]
     assert kept.learning == kept.peak == 29 * MB
-    assert kept.at_rest == 20 * MB
+    assert kept.at_rest == 24 * MB
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
