@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...cluster.expert_keys import TRUNK, ExpertKey
-from ...cluster.spec.text import bytes_of
 from ...cluster.training.host_memory import HostMemory
 from ...cluster.training.orders import BulkKey, GroupUpdate, Order
 from ...cluster.training.run_plan import PoolNow, RunPlan
@@ -31,7 +30,6 @@ from ...cluster.training.steps import Answers, Exchange, Squares, TrainingSteps
 from ...models.export.plan import plan_export
 from ...models.export.training_checkpoint import read_checkpoint
 from ...proto.errors import (
-    BadInput,
     CallError,
     ClusterError,
     MoesaicError,
@@ -42,7 +40,7 @@ from ...proto.errors import (
 from ..transport.bulk.lent_memory import LentMemory
 from ..transport.bulk.links import BulkLinks
 from .learning import Learning
-from .saving import LoadedRun, SavedRun
+from .saving import LoadedRun, SavedRun, shard_bytes
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +267,9 @@ class PoolRun:
         with self._lock:
             self._check()
             self._await_saving()
-            sizes = {} if max_shard_size is None else {"max_shard_bytes": _bytes(max_shard_size)}
+            sizes = (
+                {} if max_shard_size is None else {"max_shard_bytes": shard_bytes(max_shard_size)}
+            )
             # In this thread: transformers builds a model for it.
             plan = plan_export(self._trunk.model, dtype=self._trunk.learning.dtype, **sizes)
             about = {"run": self.run, "optimizer": self._plan.optimizer}
@@ -344,8 +344,9 @@ class PoolRun:
                 if key in tensors and tensors[key].groups
             }
             put = {self._trunk.name: frozenset(own)}
-            self._each(list(own), lambda key: self._put_gradients(key, own.pop(key)))
-            self._squares = self._exchange(self._steps.reduce_experts(without, put=put))
+            putting = self._all(list(own), lambda key: self._put_gradients(key, own.pop(key)))
+            reduction = self._steps.reduce_experts(without, put=put)
+            self._squares = self._exchange(reduction, putting=putting)
         self._without = without
 
     def _settle(self) -> None:
@@ -426,14 +427,22 @@ class PoolRun:
     ) -> list[Future[None]]:
         return [self._threads.submit(act, key) for key in keys]
 
-    def _await_all(self, begun: list[Future[None]]) -> None:
+    def _await_all(self, begun: Iterable[Future[None]]) -> None:
         for one in begun:
             one.result()
 
     # ---- exchanges ------------------------------------------------------------------------------
 
-    def _exchange(self, exchange: Exchange[T], timeout_s: float = ORDER_S) -> T:
-        """Carry out an exchange with hosts. Raises Superseded if a newer run has begun."""
+    def _exchange(
+        self,
+        exchange: Exchange[T],
+        timeout_s: float = ORDER_S,
+        putting: Sequence[Future[None]] = (),
+    ) -> T:
+        """Carry out an exchange with hosts. Raises Superseded if a newer run has begun.
+
+        ``putting`` goes on beside the first orders, and is awaited before the next.
+        """
         answers: Answers | None = None
         while True:
             try:
@@ -445,6 +454,7 @@ class PoolRun:
                 if isinstance(answer, Superseded):
                     self._over = answer
                     raise answer
+            self._await_all(putting)
 
     @contextmanager
     def _attempt(self) -> Iterator[None]:
@@ -488,11 +498,3 @@ class PoolRun:
 def _gradient_memory(plan: RunPlan) -> LentMemory:
     trained = plan.tensors.values()
     return LentMemory(sum(one.nbytes for one in trained), sum(len(one.groups) for one in trained))
-
-
-def _bytes(size: int | str) -> int:
-    """Return what `save_pretrained` means by a shard's size. Raises BadInput."""
-    try:
-        return size if isinstance(size, int) else bytes_of(size)
-    except ValueError as error:
-        raise BadInput(f"max_shard_size: {error}") from error

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey, is_shared
+from ...cluster.spec.text import bytes_of
 from ...cluster.training.run_plan import Trained
 from ...models.export.plan import ExportPlan
 from ...models.export.training_checkpoint import TrainingCheckpoint
 from ...models.export.write_checkpoint import write_checkpoint
 from ...models.trunk.trunk import load_trunk
-from ...proto.errors import CheckpointError
+from ...proto.errors import BadInput, CheckpointError
 from ...proto.wire import wide
 
 # (kind, key) -> its tensors after the last commit, valid inside the block
@@ -171,3 +172,11 @@ class LoadedRun:
             if name + _MASTER not in found:
                 found[name + _MASTER] = weights[name].detach()
         return found
+
+
+def shard_bytes(size: int | str) -> int:
+    """Return what `save_pretrained` means by a shard's size. Raises BadInput."""
+    try:
+        return size if isinstance(size, int) else bytes_of(size)
+    except ValueError as error:
+        raise BadInput(f"max_shard_size: {error}") from error
