@@ -42,7 +42,7 @@ from ...cluster.training.orders import (
 from ...cluster.versions import WeightVersions
 from ...proto.errors import BadInput, Busy, MoesaicError, NotHere, Superseded
 from ..runtime.devices import machine_memory
-from ..runtime.garbage import return_freed_memory
+from ..runtime.garbage import keep_freed_memory, return_freed_memory
 from .gradients import HostGradients
 from .run_tensors import RunTensors, check_shape
 from .weight_store import ExpertStore, ServedWeights
@@ -151,6 +151,7 @@ class HostTraining:
         self._store.check_trainable(order.model)
         run = RunTensors(self._host, self._store, order)
         self._forget()
+        keep_freed_memory(True)
         self._run, self._newest = run, order.run
         return self._opened()
 
@@ -167,6 +168,7 @@ class HostTraining:
         self._on_loop(HostGradients.forget)
         self._run = None
         self._renewed = 0, set()
+        keep_freed_memory(False)
         return_freed_memory()  # before anybody looks how much is free
 
     def _run_of(self, number: RunId) -> RunTensors:

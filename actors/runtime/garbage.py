@@ -12,6 +12,9 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Of glibc's mallopt (malloc.h).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
 
 @contextmanager
 def starting_without_collections(*, makes_garbage: bool = True) -> Iterator[None]:
@@ -40,3 +43,16 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def keep_freed_memory(keeps: bool) -> None:
+    """Let the heap keep what is freed for its next use, or return it to the system again (glibc).
+
+    A training step frees as much as the next one takes, and memory from the system costs a page
+    fault for every 4 KiB, which is more than what is written there.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # The largest threshold that glibc takes for memory of its own mappings.
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1 if keeps else 64 << 20)

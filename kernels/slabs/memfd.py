@@ -54,19 +54,15 @@ def reopen(descriptor: int) -> int:
     return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def borrow(descriptor: int, start: int = 0, nbytes: int | None = None) -> mmap.mmap:
+def borrow(descriptor: int) -> mmap.mmap:
     """Map the memory of another process to be read, and close the descriptor.
 
-    ``start`` is the first byte, a multiple of `mmap.ALLOCATIONGRANULARITY`, and ``nbytes`` how many
-    there are (None: all). Raises ValueError for memory that could shrink: whoever touched its end
-    then would be killed.
+    Raises ValueError for memory that could shrink: whoever touched its end then would be killed.
     """
     try:
         try:
             seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-            if nbytes is None:
-                nbytes = os.fstat(descriptor).st_size - start
-            memory = mmap.mmap(descriptor, nbytes, prot=mmap.PROT_READ, offset=start)
+            memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
         except (OSError, ValueError) as error:
             raise ValueError(f"the descriptor's memory cannot be mapped: {error}") from error
     finally:

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -150,37 +151,58 @@ def from_wire(tensors: Sequence[Bulk.Tensor]) -> list[LentTensor]:
     ]
 
 
-def borrow(descriptor: int, tensors: Sequence[LentTensor]) -> dict[str, Tensor]:
-    """View tensors in another process's memory; the caller closes the descriptor.
+class BorrowedMemory:
+    """Another process's memory, mapped here to be read; whoever has a tensor of it keeps it."""
 
-    They are to be read only, and their memory stays as long as one of them does. Their content is
-    the other process's, which may change it. Raises CallError for memory that could shrink, and
-    for tensors that do not lie in it.
-    """
-    size = os.fstat(descriptor).st_size
-    for one in tensors:
-        if one.offset % one.dtype.itemsize or one.offset + one.nbytes > size:
-            raise CallError(
-                f"tensors: {one.name}, {one.dtype} {one.shape} at byte {one.offset}, does not lie "
-                f"in the memory of {size} bytes"
-            )
-    if not tensors or any(one.nbytes == 0 for one in tensors):
-        raise CallError("tensors: none, or an empty one, cannot be read from another's memory")
-    first = min(one.offset for one in tensors) // _PAGE_BYTES * _PAGE_BYTES
-    end = max(one.offset + one.nbytes for one in tensors)
-    try:
-        memory = memfd.readable(memfd.borrow(os.dup(descriptor), first, end - first))
-    except (OSError, ValueError) as error:
-        raise CallError(f"the client's memory cannot be read: {error}") from error
-    return {
-        one.name: torch.frombuffer(
-            memory,
-            dtype=one.dtype,
-            count=math.prod(one.shape),
-            offset=one.offset - first,
-        ).view(one.shape)
-        for one in tensors
-    }
+    def __init__(self, descriptor: int) -> None:
+        """Map it; the descriptor stays the caller's. Raises CallError for memory that could shrink.
+
+        It is mapped as a whole, and only what is read takes entries of the page table. They stay
+        for the next read: making them takes as long as copying the page.
+        """
+        self._size = os.fstat(descriptor).st_size
+        try:
+            self._memory = memfd.readable(memfd.borrow(os.dup(descriptor)))
+        except (OSError, ValueError) as error:
+            raise CallError(f"the client's memory cannot be read: {error}") from error
+
+    def tensors(self, lent: Sequence[LentTensor]) -> dict[str, Tensor]:
+        """View tensors, which are to be read only. Their content is the other process's.
+
+        Raises CallError for those that do not lie in the memory.
+        """
+        for one in lent:
+            if one.offset % one.dtype.itemsize or one.offset + one.nbytes > self._size:
+                raise CallError(
+                    f"tensors: {one.name}, {one.dtype} {one.shape} at byte {one.offset}, does not "
+                    f"lie in the memory of {self._size} bytes"
+                )
+        if not lent or any(one.nbytes == 0 for one in lent):
+            raise CallError("tensors: none, or an empty one, cannot be read from another's memory")
+        return {
+            one.name: torch.frombuffer(
+                self._memory, dtype=one.dtype, count=math.prod(one.shape), offset=one.offset
+            ).view(one.shape)
+            for one in lent
+        }
+
+
+class BorrowedMemories:
+    """The memory of clients, each mapped once, as long as somebody keeps it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # By device and inode, which no other memory has while this one is mapped.
+        self._known = WeakValueDictionary[tuple[int, int], BorrowedMemory]()
+
+    def of(self, descriptor: int) -> BorrowedMemory:
+        """Return the memory of a descriptor, which stays the caller's. Raises CallError."""
+        about = os.fstat(descriptor)
+        with self._lock:
+            found = self._known.get((about.st_dev, about.st_ino))
+            if found is None:
+                found = self._known[about.st_dev, about.st_ino] = BorrowedMemory(descriptor)
+            return found
 
 
 def _up(size: int, unit: int) -> int:

@@ -49,7 +49,7 @@ from ..grpc.weights import BulkStore, key_from_wire
 from ..seqpacket import close_all
 from ..tensor_bytes import TensorBytes, copy_out, new_memory, tensors_in
 from .datagrams import BulkSocket, receive_file, send_file
-from .lent_memory import borrow, from_wire
+from .lent_memory import BorrowedMemories, BorrowedMemory, from_wire
 from .shared import SharedMemory, map_memory
 
 # A client that has begun a put says within this time how far it is.
@@ -74,6 +74,7 @@ class BulkServer:
         self._store = store
         self._proof = (secret or secret_of_process()).proof("bulk", target)
         self._arriving = SharedLimit(MAX_WEIGHTS_BYTES, "bytes of tensors that are put")
+        self._borrowed = BorrowedMemories()
         self._lock = threading.Lock()
         self._serving: dict[threading.Thread, _Connection] = {}
         self._closed = threading.Event()
@@ -115,7 +116,7 @@ class BulkServer:
                 sock.close()
 
     def _admit(self, sock: BulkSocket) -> None:
-        connection = _Connection(sock, self._store, self._proof, self._arriving)
+        connection = _Connection(sock, self._store, self._proof, self._arriving, self._borrowed)
         thread = threading.Thread(target=self._serve, args=(connection,), name="bulk", daemon=True)
         try:
             with self._lock:
@@ -148,12 +149,19 @@ class _Connection:
     """One connection of a client, served by a thread of its own."""
 
     def __init__(
-        self, sock: BulkSocket, store: BulkStore, proof: bytes, arriving: SharedLimit
+        self,
+        sock: BulkSocket,
+        store: BulkStore,
+        proof: bytes,
+        arriving: SharedLimit,
+        borrowed: BorrowedMemories,
     ) -> None:
         self._sock = sock
         self._store = store
         self._proof = proof
         self._arriving = arriving
+        self._borrowed = borrowed
+        self._lent: BorrowedMemory | None = None  # that the client lent last, and lends again
         self._memory: SharedMemory | None = None
         self._refused = 0  # the put that was refused, while its client still writes
 
@@ -200,6 +208,7 @@ class _Connection:
 
     def close(self) -> None:
         self._sock.close()
+        self._lent = None
         if self._memory is not None:
             self._memory.close()
 
@@ -272,7 +281,8 @@ class _Connection:
                 f"tensors: {total} bytes, but those of this key have at most {most}; or a name "
                 "comes twice"
             )
-        self._store.put(given, borrow(fds[0], tensors))
+        self._lent = self._borrowed.of(fds[0])
+        self._store.put(given, self._lent.tensors(tensors))
         self._sock.send(Bulk(done=Bulk.Done(seq=lend.seq)))
 
     def _written(self) -> Bulk.Written:

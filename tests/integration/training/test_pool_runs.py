@@ -16,6 +16,7 @@ from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.training.orders import BulkKey, Commit, Order, Reduce
 from moesaic.models.trunk.experts_layers import expert_tensors, experts_layers
 from moesaic.proto.errors import CheckpointError, ClusterError, StepLost
+from tests.helpers.pool.transports import settles
 from tests.helpers.training.disturbed import HASTY, Disturbed
 from tests.helpers.training.runs import LocalPool, held, optimizing, training_pool
 from tests.helpers.training.trunks import IDS, assert_near, loss_of, plain_model, saved
@@ -254,7 +255,7 @@ def test_gradients_lie_elsewhere_if_a_host_may_still_read_them(folder: Path) -> 
         assert run._memory is not memory
         assert not run._lent_to
     gc.collect()
-    assert "memfd:moesaic:lent" not in Path("/proc/self/maps").read_text()
+    assert settles(lambda: "memfd:moesaic:lent" not in Path("/proc/self/maps").read_text())
 
 
 def test_without_redundancy_a_lost_owner_ends_the_run(folder: Path) -> None:

@@ -29,7 +29,7 @@ from tests.helpers.pool.bulk import (
     refusal,
     serves_others,
 )
-from tests.helpers.pool.transports import DEADLINE_S, SECRET, open_things
+from tests.helpers.pool.transports import DEADLINE_S, SECRET, open_things, settles
 
 GRADIENT = BulkKey("gradient", ExpertKey("model", 3, 5), attempt=Attempt(1, 0, 0), source="trunk")
 SHAPE = torch.Size((10, 100))
@@ -109,7 +109,7 @@ def test_memory_lasts_as_long_as_a_tensor_and_no_longer(host: BulkHost, links: B
     assert mappings() == before + 1
     host.store.held.clear()
     links.close()
-    assert mappings() == before
+    assert settles(lambda: mappings() == before)
     assert nothing_held(host)
     assert len(open_things()) == descriptors
 
