@@ -1,10 +1,11 @@
 """Tensors of a training run between two processes, against a copy of the same bytes.
 
-    python -m benchmarks.speed.bulk [--json PATH] [--only get|put]
+    python -m benchmarks.speed.bulk [--json PATH] [--only get|put|gradient]
 
 The host is a process of its own. `memcpy` is torch's copy between two tensors that are in use
 already, in one process with one thread; `bulk` goes through shared memory, and `grpc` is what hosts
-of two nodes have. Both compute checksums on both sides.
+of two nodes have. Both compute checksums on both sides. A `gradient` lies in memory that the client
+lends: the host reads all of it there.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Comparison, compare, report
+from moesaic.actors.transport.bulk.lent_memory import LentMemory
 from moesaic.actors.transport.bulk.links import BulkLinks
 from moesaic.actors.transport.bulk.server import BulkServer
 from moesaic.actors.transport.grpc.stream import GrpcListener
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.placement import HostEntry
+from moesaic.cluster.training.contributions import Attempt
 from moesaic.cluster.training.orders import BulkKey
 from moesaic.proto.keys import ClusterSecret, secret_of_process, target
 
@@ -64,6 +67,8 @@ class Store:
 
     def put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
         self._held[given] = dict(tensors)
+        if given.kind == "gradient":
+            assert all(tensor.sum() > 0 for tensor in tensors.values())
 
 
 def serve() -> None:
@@ -119,10 +124,27 @@ def get(links: BulkLinks, entry: HostEntry, nbytes: int) -> Callable[[], None]:
 
 def put(links: BulkLinks, entry: HostEntry, nbytes: int) -> Callable[[], None]:
     given = tensors(nbytes)
-    return lambda: links.put(entry, key(nbytes), given, timeout_s=DEADLINE_S)
+
+    def call() -> None:
+        links.put(entry, key(nbytes), given, timeout_s=DEADLINE_S)
+
+    return call
 
 
-DIRECTIONS = {"get": get, "put": put}
+def lend(links: BulkLinks, entry: HostEntry, nbytes: int) -> Callable[[], None]:
+    memory = LentMemory(nbytes, tensors=3)
+    given = memory.hold(nbytes, tensors(nbytes))
+    gradient = BulkKey(
+        "gradient", ExpertKey("model", 0, nbytes), attempt=Attempt(1, 0, 0), source="trunk"
+    )
+
+    def call() -> None:
+        links.put(entry, gradient, given, timeout_s=DEADLINE_S, memory=memory)
+
+    return call
+
+
+DIRECTIONS = {"get": get, "put": put, "gradient": lend}
 
 
 def run(only: str | None = None) -> list[Comparison]:
