@@ -44,6 +44,8 @@ F32 = torch.float32
 # AdamW's first steps divide a gradient by its own size, so with less rounding shows in the sign.
 EPS = 1e-3
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+# Of tests that take many seconds in the interpreter.
+SLOW_DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
 # Each form of experts: gated; bias, clamps, interleaved and transposed; not gated.
 ARCHITECTURES = ("mixtral", "gpt_oss", "nemotron_h")
 
@@ -86,6 +88,7 @@ def test_gradients_of_every_form_of_experts(architecture: str, tmp_path: Path, d
         assert_equal(trunk, found, plain, folder, 1e-5)
 
 
+@pytest.mark.parametrize("device", SLOW_DEVICES, indirect=True)
 @pytest.mark.parametrize("exact", [False, True])
 def test_gradients_of_several_microbatches(folder: Path, device: str, exact: bool) -> None:
     plain = plain_model(folder, F32)
@@ -163,6 +166,7 @@ def test_experts_without_tokens_have_no_gradient(folder: Path, device: str) -> N
         assert_equal(trunk, found, plain, folder, 1e-5)
 
 
+@pytest.mark.parametrize("device", SLOW_DEVICES, indirect=True)
 def test_sums_follow_experts_that_move_in_an_attempt(folder: Path, device: str) -> None:
     """Between two microbatches every expert goes to the other host, and those of a host to other
     slots; one comes back afterwards."""
@@ -283,6 +287,7 @@ def test_steps_are_those_of_the_plain_model(folder: Path, device: str, dtype: to
     assert all(host.report().owned == 0 for host in pool.hosts.hosts)
 
 
+@pytest.mark.parametrize("device", SLOW_DEVICES, indirect=True)
 def test_owners_move_between_devices_and_checkpoints(
     folder: Path, tmp_path: Path, device: str
 ) -> None:
