@@ -186,6 +186,6 @@ def test_only_gradients_are_lent_and_of_known_types(host: BulkHost, memory: Lent
         sock.send(Bulk(lend=lend), [memory.descriptor])
         assert "weights" in refusal(sock)[1]
         lend = Bulk.Lend(seq=2, key=key_to_wire(GRADIENT), tensors=to_wire([UP]))
-        lend.tensors[0].dtype = 99
+        lend.tensors[0].dtype = 99  # pyright: ignore[reportAttributeAccessIssue]
         sock.send(Bulk(lend=lend), [memory.descriptor])
         assert "up has the unknown type 99" in refusal(sock)[1]
