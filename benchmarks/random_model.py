@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 # Of a tiny one.
@@ -21,7 +22,11 @@ def save_random_model(
     intermediate: int = INTERMEDIATE,
     vocabulary: int = 16,
     heads: int = 2,
+    seed: int | None = None,
 ) -> None:
+    """Save a Mixtral; with ``seed`` it has the same weights every time."""
+    if seed is not None:
+        torch.manual_seed(seed)
     config = MixtralConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

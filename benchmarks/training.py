@@ -29,8 +29,16 @@ import moesaic
 from benchmarks.measure import Comparison, report
 from benchmarks.random_model import save_random_model
 
-HIDDEN, INTERMEDIATE, LAYERS, EXPERTS, TOP_K = 512, 1024, 3, 8, 2
 VOCABULARY = 2048
+MODEL = {
+    "layers": 3,
+    "experts": 8,
+    "top_k": 2,
+    "hidden": 512,
+    "intermediate": 1024,
+    "vocabulary": VOCABULARY,
+    "heads": 8,
+}
 SEQUENCES, LENGTH = 8, 512
 MAX_NORM = 1.0
 TARGET_S, TARGET_CPU_S = 1.10, 1.05
@@ -39,21 +47,9 @@ TARGET_COMMIT = 0.10
 Step = Callable[[], float]  # it returns the seconds of its backward pass's end to the step's end
 
 
-def save_model(folder: Path) -> None:
-    torch.manual_seed(0)
-    save_random_model(
-        folder,
-        layers=LAYERS,
-        experts=EXPERTS,
-        top_k=TOP_K,
-        hidden=HIDDEN,
-        intermediate=INTERMEDIATE,
-        vocabulary=VOCABULARY,
-        heads=8,
-    )
-
-
 def step_of(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> Step:
+    """Return a whole training step: forward, backward, clipping, update."""
+
     def step() -> float:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -98,7 +94,7 @@ def run(rounds: int, lendings: list[str]) -> list[Comparison]:
     steps: dict[str, Step] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        save_model(folder)
+        save_random_model(folder, seed=0, **MODEL)
         for way in ("eager", "grouped_mm"):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, experts_implementation=way

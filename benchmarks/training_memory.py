@@ -26,10 +26,20 @@ from transformers.utils import logging as transformers_logging
 import moesaic
 from benchmarks.measure import write_json
 from benchmarks.random_model import save_random_model
+from benchmarks.training import step_of
 from moesaic.cluster.training.host_memory import HostMemory
 
 # 113 M parameters of experts; the trunk has 13 M.
-HIDDEN, INTERMEDIATE, LAYERS, EXPERTS, TOP_K, VOCABULARY = 768, 2048, 3, 8, 2, 4096
+VOCABULARY = 4096
+MODEL = {
+    "layers": 3,
+    "experts": 8,
+    "top_k": 2,
+    "hidden": 768,
+    "intermediate": 2048,
+    "vocabulary": VOCABULARY,
+    "heads": 12,
+}
 SEQUENCES, LENGTH = 4, 256
 TARGET = 1.10
 # How long hosts have to load weights, and to give the memory of a step back.
@@ -102,20 +112,21 @@ def measure(case: Case, steps: int) -> list[HostFound]:
     model = {"name": "m", "dtype": case.dtype, "replicas": case.replicas, "train": True}
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH))
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder))
+        save_random_model(Path(folder), seed=0, **MODEL)
         with moesaic.up({**spec, "models": [{**model, "path": folder}]}) as cluster:
             trunk = cluster.from_pretrained("m", train=True)
             time.sleep(QUIET_S)
             pids = {name: process.pid for name, process in cluster.status().processes.items()}
             before = {name: resident_bytes(pid) for name, pid in pids.items()}
             with moesaic.PoolOptimizer(trunk, cluster, lr=1e-4) as optimizer:
-                train(trunk, optimizer, ids)  # the optimizer's state is made here
+                step = step_of(trunk, optimizer, ids)
+                step()  # the optimizer's state is made here
                 peaks, rests = dict.fromkeys(pids, 0), dict.fromkeys(pids, 0)
                 for _ in range(steps):
                     time.sleep(QUIET_S)
                     for pid in pids.values():
                         forget_peak(pid)
-                    train(trunk, optimizer, ids)
+                    step()
                     for name, pid in pids.items():
                         peaks[name] = max(peaks[name], resident_bytes(pid, "VmHWM"))
                     time.sleep(QUIET_S)
@@ -135,27 +146,6 @@ def measure(case: Case, steps: int) -> list[HostFound]:
         )
         for name, plan in sorted(planned.items())
     ]
-
-
-def train(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def save_model(folder: Path) -> None:
-    torch.manual_seed(0)
-    save_random_model(
-        folder,
-        layers=LAYERS,
-        experts=EXPERTS,
-        top_k=TOP_K,
-        hidden=HIDDEN,
-        intermediate=INTERMEDIATE,
-        vocabulary=VOCABULARY,
-        heads=12,
-    )
 
 
 def show(found: Mapping[str, list[HostFound]]) -> None:

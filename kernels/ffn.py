@@ -27,8 +27,8 @@ from . import fused, onednn
 TILE_ROWS = 16
 
 
-# Tensors of an expert that all experts of its layer share: parameters of the norm behind them. Each
-# expert has a copy, so that whoever has an expert has all that computes it, in one version.
+# Parameters of a post-expert norm (of each expert's output), which all experts of a layer share.
+# Each expert has a copy, so that a host that holds an expert can compute it, in one version.
 SHARED_NAMES = ("norm", "norm_bias")
 
 # ((R, H), the shared tensors by name) -> (R, H)

@@ -225,7 +225,7 @@ class RunTensors:
             raise CallError(f"{key}: run {self.opened.run} trains {self.opened.model!r}")
         if key.expert == SHARED and key.layer != TRUNK and self._store.device.type != "cpu":
             raise CallError(
-                f"{key}: what all experts of a layer share is trained by hosts with device: cpu; "
+                f"{key}: post-expert norms are trained by hosts with device: cpu; "
                 "freeze it, or use such hosts"
             )
 

@@ -82,7 +82,7 @@ class GradientAccumulators:
     def __init__(self, *, exact: bool = False, memory: SumMemory | None = None) -> None:
         """``memory`` is for the sums of experts on the CPU, as long as it has room.
 
-        Whoever gives it sees to it that nobody reads sums of before when new ones are begun.
+        The caller begins a new object with the same memory only when nobody reads the old sums.
         """
         self.exact = exact
         self._memory = memory

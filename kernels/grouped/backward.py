@@ -168,8 +168,8 @@ def grouped_backward(
     The first three tensors are those of the forward call (`grouped_ffn`), and ``grad_y_TH`` is the
     gradient of its sums; all gradients are float32. ``grad_x`` is (T, H), the sum over a token's
     assignments, or (T, K, H), a row for each. An expert without a slot sets ``flags.missing`` and
-    is left out; a gradient of x that is not finite sets ``flags.infinite``. Parameters of a norm
-    behind the experts get no gradient here.
+    is left out; a gradient of x that is not finite sets ``flags.infinite``. Parameters of a
+    post-expert norm get no gradient here.
 
     Raises ValueError for float64 experts.
     """

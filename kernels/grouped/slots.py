@@ -63,7 +63,7 @@ class LayerSlots:
             raise ValueError("table_LE must be contiguous and int32")
 
     def norm(self) -> Callable[[Tensor], Tensor] | None:
-        """Return the layer's norm, (N, H) to (N, H), if its experts have one behind them."""
+        """Return the norm of experts' outputs, (N, H) to (N, H); None if the layer has none."""
         post_norm = self.form.post_norm
         if post_norm is None:
             return None

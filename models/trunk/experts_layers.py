@@ -40,7 +40,7 @@ _POOL_NAMES = {
     "down_proj": "down",
     "up_proj_bias": "up_bias",
     "down_proj_bias": "down_bias",
-    # Of the norm behind the experts, which all experts of a layer share (`SHARED_NAMES`).
+    # Shared by all experts of a layer (`SHARED_NAMES`).
     "post_expert_norm.weight": "norm",
     "post_expert_norm.bias": "norm_bias",
 }
@@ -167,8 +167,8 @@ def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
         for name, _ in shared_parameters(layer):
             if name not in _POOL_NAMES:
                 raise UnsupportedModel(
-                    f"{type(model).__name__}: {layer.name}.{name}: a norm behind the experts is "
-                    "all that the experts of a layer can share in a pool"
+                    f"{type(model).__name__}: {layer.name}.{name}: in a pool the experts of a layer "
+                    "can share a post-expert norm, and no other parameters"
                 )
     return layers
 
@@ -182,7 +182,7 @@ def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def shared_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters that all experts of a layer share: those of a norm behind them.
+    """Yield the parameters of a post-expert norm, which all experts of a layer share.
 
     In the pool each expert has a copy.
     """

@@ -1,4 +1,4 @@
-"""A small model whose experts share a norm behind them: Mixtral's with Muse Spark's experts.
+"""A small model with post-expert norms: Mixtral with Muse Spark's experts.
 
 Muse Spark's own norm computes in float32. This one computes in the model's type, so that float64
 shows whether gradients are exact.

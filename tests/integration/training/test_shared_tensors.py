@@ -25,15 +25,16 @@ from tests.helpers.training.trunks import (
     plain_model,
     training,
 )
-from tests.integration.training.test_pool_runs import (
+from tests.helpers.training.whole_steps import (
     assert_same_model,
     one_step,
     plain_run,
     states,
+    stepped_as_plain,
 )
 
 F64 = torch.float64
-pytestmark = newest_transformers  # older ones have no norm behind experts
+pytestmark = newest_transformers  # older ones have no post-expert norm
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,10 @@ def test_steps_are_those_of_the_plain_model(
     folder: Path, hosts: int, replicas: int, redundancy: int, borrows: bool
 ) -> None:
     """Clipping, weight decay and moments are over it, too; all replicas have its new version."""
-    plain, expected = plain_run(folder, 3)
-    with (
-        training_pool(folder, hosts=hosts, replicas=replicas, borrows=borrows) as pool,
-        optimizing(pool, folder, borrows=borrows, redundancy=redundancy) as (model, optimizer),
+    with stepped_as_plain(folder, hosts, replicas, redundancy, borrows=borrows) as (
+        pool,
+        optimizer,
     ):
-        found = [one_step(model, optimizer, step) for step in range(3)]
-        assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12
-        assert_same_model(pool, model, plain, 1e-12)
         owners = owners_of(optimizer)
         for key, own in owners.items():
             if key.layer != TRUNK and key.expert != SHARED:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 from tests.helpers.training.runs import optimizing, training_pool
+from tests.helpers.training.trainers import trainer_arguments
 from tests.helpers.training.trunks import assert_near, plain_model, saved
 
 STEPS = 20
@@ -27,18 +28,7 @@ class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def train(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> Trainer:
     """Train at the defaults, which clip, and save the model."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-        lr_scheduler_type="cosine",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    arguments = trainer_arguments(folder, STEPS)
     trainer = Trainer(model, arguments, train_dataset=Texts(), optimizers=(optimizer, None))
     trainer.train()
     trainer.save_model()

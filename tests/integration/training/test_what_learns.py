@@ -29,6 +29,7 @@ from moesaic.models.trunk.experts_layers import is_experts_module
 from moesaic.models.trunk.trainable import check_trainable
 from moesaic.proto.errors import UnsupportedModel
 from tests.helpers.models.architectures import tiny_model
+from tests.helpers.training.disturbed import HASTY, Disturbed
 from tests.helpers.training.trunks import (
     FIRST,
     IDS,
@@ -40,7 +41,6 @@ from tests.helpers.training.trunks import (
     tolerance_of,
     training,
 )
-from tests.integration.training.test_gradients import HASTY, Disturbed
 
 TOLERANCE = tolerance_of("mixtral")
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from moesaic.proto.errors import BadInput
 from tests.helpers.models.architectures import tiny_model
 from tests.helpers.training.in_process import differences, open_run, training
+from tests.helpers.training.trainers import trainer_arguments
 
 pytest.importorskip("accelerate")
 
@@ -45,19 +46,7 @@ def trainer_of(
     **arguments: Any,
 ) -> Trainer:
     """A Trainer at its defaults but for what is logged and how long it goes on."""
-    given: dict[str, Any] = {"save_strategy": "no"} | arguments
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-        lr_scheduler_type="cosine",
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        **given,
-    )
+    args = trainer_arguments(folder, STEPS, **arguments)
     return Trainer(
         model=model,
         args=args,
