@@ -223,11 +223,8 @@ class RunTensors:
         """Raise CallError for a key of another model, and for what this host cannot train."""
         if key.model != self.opened.model:
             raise CallError(f"{key}: run {self.opened.run} trains {self.opened.model!r}")
-        if key.expert == SHARED and key.layer != TRUNK and self._store.device.type != "cpu":
-            raise CallError(
-                f"{key}: post-expert norms are trained by hosts with device: cpu; "
-                "freeze it, or use such hosts"
-            )
+        if key.layer != TRUNK:
+            self._store.check_trainable(key.model, key)
 
     @contextmanager
     def reading(self, wanted: BulkKey) -> Iterator[Mapping[str, Tensor]]:

@@ -300,8 +300,8 @@ class ExpertStore:
         assert isinstance(memory, SlotMemory), f"{key}: its experts are not in slots"
         return memory.in_models_layout(key.layer, tensors)
 
-    def check_trainable(self, model: str) -> None:
-        """Raise CallError for a model whose experts have no backward pass where they lie."""
+    def check_trainable(self, model: str, key: ExpertKey | None = None) -> None:
+        """Raise CallError for a model, or one key of it, without a backward pass where it lies."""
         with self._lock:
             found = self._models.get(model)
         if found is None or not isinstance(found.memory, SlotMemory):
@@ -310,6 +310,11 @@ class ExpertStore:
             raise CallError(
                 f"dtype of {model!r}: hosts on GPUs train no float64 experts; use float32, or "
                 "hosts with device: cpu"
+            )
+        if key is not None and key.expert == SHARED:
+            raise CallError(
+                f"{key}: hosts on GPUs train no post-expert norms; freeze them, or use hosts with "
+                "device: cpu"
             )
 
     def count_experts(self, key: LayerKey) -> int:

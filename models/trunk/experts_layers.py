@@ -167,8 +167,8 @@ def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
         for name, _ in shared_parameters(layer):
             if name not in _POOL_NAMES:
                 raise UnsupportedModel(
-                    f"{type(model).__name__}: {layer.name}.{name}: in a pool the experts of a layer "
-                    "can share a post-expert norm, and no other parameters"
+                    f"{type(model).__name__}: {layer.name}.{name}: in a pool the experts of a "
+                    "layer can share a post-expert norm, and no other parameters"
                 )
     return layers
 

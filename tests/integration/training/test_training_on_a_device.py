@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.transport.shm import ShmSession
-from moesaic.cluster.expert_keys import ExpertVersion
+from moesaic.cluster.expert_keys import SHARED, ExpertKey, ExpertVersion
 from moesaic.cluster.training.contributions import Contributions
-from moesaic.cluster.training.orders import OpenRun
+from moesaic.cluster.training.orders import NewlyOwned, OpenRun, Own
 from moesaic.kernels.slabs.layer_arithmetic import DeviceLayer
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.proto.errors import BadExpert, CallError
 from moesaic.proto.expert_pb2 import Frame
+from tests.helpers.models.normed import saved_normed
+from tests.helpers.models.versions import newest_transformers
 from tests.helpers.pool.serving import KEY, serving
 from tests.helpers.training.disturbed import HASTY
 from tests.helpers.training.runs import held, optimizing, training_pool
@@ -328,3 +330,19 @@ def test_float64_experts_are_refused_before_the_first_step(folder: Path, device:
             with pytest.raises(CallError, match="train no float64 experts"):
                 host.train(OpenRun(run=FIRST.run, model="m", optimizer="SGD"))
             assert host.report().owned == 0
+
+
+@newest_transformers
+def test_post_expert_norms_are_refused_before_the_first_step(tmp_path: Path, device: str) -> None:
+    folder = saved_normed(tmp_path)
+    with training(folder, opened=False, **on(device)) as trunk:
+        (host, *_) = trunk.pool.hosts
+        host.train(OpenRun(run=FIRST.run, model="m", optimizer="SGD"))
+        shared = Own(
+            run=FIRST.run,
+            versions=trunk.pool.placement.versions,
+            keys={ExpertKey("m", 0, SHARED): NewlyOwned({"norm": 0}, None)},
+        )
+        with pytest.raises(CallError, match="hosts on GPUs train no post-expert norms"):
+            host.train(shared)
+        assert host.report().owned == 0
