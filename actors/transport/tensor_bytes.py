@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.slabs.checksum import octets_of
 from ...models.folder.files import DTYPES
 from ...proto.errors import CallError
 from ...proto.wire import ALIGNMENT_BYTES
@@ -84,7 +85,7 @@ class TensorBytes:
     def _parts(self) -> Iterator[np.ndarray]:
         yield np.frombuffer(self._header, np.uint8)
         for tensor in self._tensors:
-            yield tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            yield octets_of(tensor)
 
 
 def new_memory(nbytes: int) -> np.ndarray:
@@ -96,14 +97,6 @@ def new_memory(nbytes: int) -> np.ndarray:
     whole = np.empty(nbytes + ALIGNMENT_BYTES, np.uint8)
     start = -whole.ctypes.data % ALIGNMENT_BYTES
     return whole[start : start + nbytes]
-
-
-def copy_out(shared: np.ndarray, own: np.ndarray, begin: int, end: int, digest: Digest) -> None:
-    """Copy a range of bytes from ``shared`` to ``own`` (both uint8), and digest the copy."""
-    for start in range(begin, end, _STEP_BYTES):
-        step = slice(start, min(start + _STEP_BYTES, end))
-        own[step] = shared[step]
-        digest.update(own[step].data)
 
 
 def tensors_in(octets: np.ndarray) -> dict[str, Tensor]:

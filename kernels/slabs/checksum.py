@@ -9,6 +9,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+# Few enough to be in a core's cache for the second look at them. Between two steps another thread
+# of this process can run Python.
 _STEP_BYTES = 512 << 10
 
 
@@ -16,11 +18,11 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     """Return the checksum of tensors, one after another; those on a device are copied from it."""
     digest = xxhash.xxh3_64()
     for tensor in tensors:
-        digest.update(octets(tensor).data)
+        digest.update(octets_of(tensor).data)
     return digest.intdigest()
 
 
-def octets(tensor: Tensor) -> np.ndarray:
+def octets_of(tensor: Tensor) -> np.ndarray:
     """Return a tensor's bytes; those of one on a device, or not contiguous, are copied."""
     return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
 

@@ -18,7 +18,7 @@ from .. import onednn
 from ..ffn import ExpertWeights
 from ..fused import LayerBank
 from . import memfd
-from .checksum import checksum, copy_and_digest, octets
+from .checksum import checksum, copy_and_digest, octets_of
 from .layout import COPIES, LayerLayout, Packing, SlabLayout, SlotTensor
 from .slot_entries import SlotEntries
 
@@ -166,7 +166,7 @@ class Slab(SlabReader):
                     onednn.copy_into(memory, weight)
                     digest.update(memory.numpy().data)
                 elif weight.dtype == tensor.dtype and weight.shape == tensor.shape:
-                    copy_and_digest(octets(weight), memory.numpy(), digest)
+                    copy_and_digest(octets_of(weight), memory.numpy(), digest)
                 else:
                     raise ValueError(
                         f"{tensor.name} of layer {layer} is {tensor.dtype} {tuple(tensor.shape)}, "

@@ -23,6 +23,7 @@ from functools import partial
 import xxhash
 
 from ....cluster.training.orders import BulkKey
+from ....kernels.slabs.checksum import copy_and_digest
 from ....proto.errors import (
     Busy,
     CallError,
@@ -47,7 +48,7 @@ from ..base import check_version
 from ..budget import SharedLimit
 from ..grpc.weights import BulkStore, key_from_wire
 from ..seqpacket import close_all
-from ..tensor_bytes import TensorBytes, copy_out, new_memory, tensors_in
+from ..tensor_bytes import TensorBytes, new_memory, tensors_in
 from .datagrams import BulkSocket, receive_file, send_file
 from .lent_memory import BorrowedMemories, BorrowedMemory, from_wire
 from .shared import SharedMemory, map_memory
@@ -259,7 +260,7 @@ class _Connection:
             own = new_memory(total)
 
             def read(begin: int, end: int, digest: xxhash.xxh3_64) -> None:
-                copy_out(shared, own, begin, end, digest)
+                copy_and_digest(shared[begin:end], own[begin:end], digest)
 
             receive_file(self._written(), total, self._written, read)
             self._store.put(given, tensors_in(own))

@@ -54,7 +54,7 @@ cluster/comparison                  cluster cluster/load cluster/planner cluster
 
 actors/text                         proto
 actors/runtime                      proto cluster cluster/planner cluster/routing cluster/spec
-actors/transport                    proto models/folder
+actors/transport                    proto kernels/slabs models/folder
 actors/transport/grpc               proto cluster cluster/training actors/transport
 actors/transport/bulk               proto kernels/slabs cluster cluster/training actors/transport
                                     actors/transport/grpc
