@@ -344,7 +344,7 @@ class PoolRun:
                 if key in tensors and tensors[key].groups
             }
             put = {self._trunk.name: frozenset(own)}
-            putting = self._all(list(own), lambda key: self._put_gradients(key, own.pop(key)))
+            putting = self._start(list(own), lambda key: self._put_gradients(key, own.pop(key)))
             reduction = self._steps.reduce_experts(without, put=put)
             self._squares = self._exchange(reduction, putting=putting)
         self._without = without
@@ -353,9 +353,9 @@ class PoolRun:
         """Serve what was committed, take the trunk's new weights, and begin the next attempt."""
         steps = self._steps
         self._pool.publish(steps.versions.models[self._plan.model], PUBLISH_S)
-        getting = self._all(self._blocks, self._get_weights)
+        getting = self._start(self._blocks, self._get_weights)
         self._exchange(steps.begin())
-        self._await_all(getting)
+        self._finish(getting)
         self._served = steps.versions
         self._begun()
 
@@ -420,14 +420,14 @@ class PoolRun:
 
     def _each(self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]) -> None:
         """Do something with keys side by side; raise the first error."""
-        self._await_all(self._all(keys, act))
+        self._finish(self._start(keys, act))
 
-    def _all(
+    def _start(
         self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]
     ) -> list[Future[None]]:
         return [self._threads.submit(act, key) for key in keys]
 
-    def _await_all(self, begun: Iterable[Future[None]]) -> None:
+    def _finish(self, begun: Iterable[Future[None]]) -> None:
         for one in begun:
             one.result()
 
@@ -454,7 +454,7 @@ class PoolRun:
                 if isinstance(answer, Superseded):
                     self._over = answer
                     raise answer
-            self._await_all(putting)
+            self._finish(putting)
 
     @contextmanager
     def _attempt(self) -> Iterator[None]:
