@@ -213,7 +213,8 @@ def test_the_router_service_answers_and_comes_back(
         assert {model.name for model in client.models()} >= {"mixtral", "org/once"}
         experts = client.experts("mixtral", 1)
         torch.testing.assert_close(experts(hidden, ids, weights), expected, atol=1e-5, rtol=1e-5)
-        wait_until(lambda: service().state == "up" and calls() >= 1)  # a client may have repeated it
+        # A client may have repeated its call.
+        wait_until(lambda: service().state == "up" and calls() >= 1)
         process = service().process
         assert process is not None
         os.kill(process.pid, signal.SIGKILL)
