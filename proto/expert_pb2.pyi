@@ -328,14 +328,19 @@ class Bulk(_message.Message):
         total_bytes: int
         def __init__(self, seq: _Optional[int] = ..., key: _Optional[_Union[WeightsKey, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
     class Lend(_message.Message):
-        __slots__ = ("seq", "key", "tensors")
+        __slots__ = ("seq", "gradients")
         SEQ_FIELD_NUMBER: _ClassVar[int]
+        GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+        seq: int
+        gradients: _containers.RepeatedCompositeFieldContainer[Bulk.Gradient]
+        def __init__(self, seq: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[Bulk.Gradient, _Mapping]]] = ...) -> None: ...
+    class Gradient(_message.Message):
+        __slots__ = ("key", "tensors")
         KEY_FIELD_NUMBER: _ClassVar[int]
         TENSORS_FIELD_NUMBER: _ClassVar[int]
-        seq: int
         key: WeightsKey
         tensors: _containers.RepeatedCompositeFieldContainer[Bulk.Tensor]
-        def __init__(self, seq: _Optional[int] = ..., key: _Optional[_Union[WeightsKey, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Bulk.Tensor, _Mapping]]] = ...) -> None: ...
+        def __init__(self, key: _Optional[_Union[WeightsKey, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Bulk.Tensor, _Mapping]]] = ...) -> None: ...
     class Tensor(_message.Message):
         __slots__ = ("name", "dtype", "shape", "at")
         NAME_FIELD_NUMBER: _ClassVar[int]

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from ...cluster.expert_keys import TRUNK, ExpertKey
 from ...cluster.training.host_memory import HostMemory
 from ...cluster.training.orders import BulkKey, GroupUpdate, Order
-from ...cluster.training.run_plan import PoolNow, RunPlan
+from ...cluster.training.run_plan import PoolNow
 from ...cluster.training.steps import Answers, Exchange, Squares, TrainingSteps
 from ...models.export.plan import plan_export
 from ...models.export.training_checkpoint import read_checkpoint
@@ -37,8 +37,8 @@ from ...proto.errors import (
     Superseded,
     describe_error,
 )
-from ..transport.bulk.lent_memory import LentMemory
 from ..transport.bulk.links import BulkLinks
+from .giving import GivenGradients
 from .learning import Learning
 from .saving import LoadedRun, SavedRun, shard_bytes
 
@@ -120,11 +120,6 @@ class PoolRun:
             read=self._reading,
         )
         self._saving: Future[None] | None = None
-        # Gradients lie here, and hosts of this node read them here. If a host that was given some
-        # may still read them when the next ones are written, these lie elsewhere (`_begun`).
-        self._memory = _gradient_memory(plan)
-        self._lent_to: set[tuple[str, int]] = set()  # (host, incarnation), in this memory
-        trunk.learning.use(self._memory)
         # Held during each exchange with hosts: the keeper of the lease has some of its own.
         self._lock = threading.Lock()
         self._served = steps.versions
@@ -133,6 +128,8 @@ class PoolRun:
         self._over: MoesaicError | None = None
         self._stop = threading.Event()
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="bulk")
+        self._given = GivenGradients(plan, trunk.name, links, self._threads)
+        trunk.learning.use(self._given.memory)
         self._keeper = threading.Thread(target=self._keep, name="training-run", daemon=True)
         try:
             self._exchange(self._steps.open())
@@ -222,18 +219,13 @@ class PoolRun:
                 )
             with self._attempt():
                 room = self._threads.submit(self._await_room)
-                keys = [
-                    key
+                given = {
+                    key: {name: trunk[name] for name in names if name in trunk}
                     for key, names in self._blocks.items()
-                    if any(name in trunk for name in names)
-                ]
-                self._each(
-                    keys,
-                    lambda key: self._put_gradients(
-                        key, {name: trunk[name] for name in self._blocks[key] if name in trunk}
-                    ),
-                )
-                self._exchange(self._steps.reduce_trunk(keys, self._trunk.name))
+                }
+                given = {key: gradients for key, gradients in given.items() if gradients}
+                self._finish(self._give(given))
+                self._exchange(self._steps.reduce_trunk(list(given), self._trunk.name))
                 self._await_saving()
                 room.result()
                 self._exchange(self._steps.commit(groups))
@@ -325,7 +317,7 @@ class PoolRun:
             self._over = ClusterError("the training run was closed")
         self._links.close()
         self._trunk.learning.use(None)
-        self._memory.close()
+        self._given.close()
 
     # ---- one step -------------------------------------------------------------------------------
 
@@ -344,9 +336,9 @@ class PoolRun:
                 if key in tensors and tensors[key].groups
             }
             put = {self._trunk.name: frozenset(own)}
-            putting = self._start(list(own), lambda key: self._put_gradients(key, own.pop(key)))
+            giving = self._give(own)
             reduction = self._steps.reduce_experts(without, put=put)
-            self._squares = self._exchange(reduction, putting=putting)
+            self._squares = self._exchange(reduction, beside=giving)
         self._without = without
 
     def _settle(self) -> None:
@@ -361,12 +353,9 @@ class PoolRun:
 
     def _begun(self) -> None:
         self._without, self._squares = None, {}
-        if not self._steps.lost and not self._lent_to <= self._steps.members:
-            # One that has begun the attempt has forgotten what it was given for another.
-            self._memory.close()
-            self._memory = _gradient_memory(self._plan)
-            self._lent_to.clear()
-            self._trunk.learning.use(self._memory)
+        if not self._steps.lost and not self._given.may_be_overwritten(self._steps.members):
+            self._given.move()
+            self._trunk.learning.use(self._given.memory)
         if lost := self._steps.lost:
             self._trunk.learning.end(f"{lost}; call zero_grad() to try again")
         else:
@@ -383,12 +372,8 @@ class PoolRun:
         given = BulkKey("weights", key, run=self.run)
         self._put(given, {name: self._parameters[name].detach() for name in self._blocks[key]})
 
-    def _put_gradients(self, key: ExpertKey, gradients: Mapping[str, Tensor]) -> None:
-        given = BulkKey("gradient", key, attempt=self._steps.attempt, source=self._trunk.name)
-        lying = self._memory.hold(key, gradients)
-        for entry in self._steps.owning(key):
-            self._lent_to.add((entry.host, entry.incarnation))
-            self._links.put(entry, given, lying, timeout_s=BULK_S, memory=self._memory)
+    def _give(self, gradients: Mapping[ExpertKey, Mapping[str, Tensor]]) -> list[Future[None]]:
+        return self._given.give(self._steps.attempt, gradients, self._steps.owning)
 
     def _put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
         for entry in self._steps.owning(given.key):
@@ -437,11 +422,11 @@ class PoolRun:
         self,
         exchange: Exchange[T],
         timeout_s: float = ORDER_S,
-        putting: Sequence[Future[None]] = (),
+        beside: Sequence[Future[None]] = (),
     ) -> T:
         """Carry out an exchange with hosts. Raises Superseded if a newer run has begun.
 
-        ``putting`` goes on beside the first orders, and is awaited before the next.
+        ``beside`` goes on beside the first orders, and is awaited before the next.
         """
         answers: Answers | None = None
         while True:
@@ -454,7 +439,7 @@ class PoolRun:
                 if isinstance(answer, Superseded):
                     self._over = answer
                     raise answer
-            self._finish(putting)
+            self._finish(beside)
 
     @contextmanager
     def _attempt(self) -> Iterator[None]:
@@ -493,8 +478,3 @@ class PoolRun:
                     log.warning("run %d: %s: %s", self.run, host, error)
         finally:
             self._lock.release()
-
-
-def _gradient_memory(plan: RunPlan) -> LentMemory:
-    trained = plan.tensors.values()
-    return LentMemory(sum(one.nbytes for one in trained), sum(len(one.groups) for one in trained))

@@ -139,7 +139,7 @@ def lend(links: BulkLinks, entry: HostEntry, nbytes: int) -> Callable[[], None]:
     )
 
     def call() -> None:
-        links.put(entry, gradient, given, timeout_s=DEADLINE_S, memory=memory)
+        links.lend(entry, {gradient: given}, memory, timeout_s=DEADLINE_S)
 
     return call
 

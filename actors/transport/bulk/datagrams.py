@@ -23,7 +23,7 @@ from ....proto.expert_pb2 import Bulk
 from ..seqpacket import close_all
 from ..tensor_bytes import TensorBytes
 
-_DATAGRAM_BYTES = 1 << 16
+DATAGRAM_BYTES = 1 << 16  # the longest message
 # Linux queues 10 datagrams, if nothing else is set.
 _MOST_PIECES = 6
 _PIECE_BYTES = 4 << 20
@@ -61,7 +61,7 @@ class BulkSocket:
                 raise Expired(f"{self.peer}: it did not answer in time")
             try:
                 data, fds, flags, _ = socket.recv_fds(
-                    self._sock, _DATAGRAM_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                    self._sock, DATAGRAM_BYTES, 1, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 continue

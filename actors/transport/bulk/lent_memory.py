@@ -19,12 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....cluster.training.orders import BulkKey
 from ....kernels.slabs import memfd
 from ....proto.errors import CallError, ClusterError
 from ....proto.expert_pb2 import Bulk
 from ....proto.wire import ALIGNMENT_BYTES, DTYPE_FROM_WIRE, DTYPE_TO_WIRE
+from ..grpc.weights import key_to_wire
+from .datagrams import DATAGRAM_BYTES
 
 _PAGE_BYTES = mmap.ALLOCATIONGRANULARITY
+# Upper bounds for a message's gradients, and for what it says besides each one's own bytes.
+_MESSAGE_BYTES = DATAGRAM_BYTES - 1024
+_FRAME_BYTES = 16
 
 
 class LentTensor(NamedTuple):
@@ -138,6 +144,30 @@ def to_wire(tensors: Sequence[LentTensor]) -> list[Bulk.Tensor]:
         Bulk.Tensor(name=one.name, dtype=DTYPE_TO_WIRE[one.dtype], shape=one.shape, at=one.offset)
         for one in tensors
     ]
+
+
+def lending_messages(
+    gradients: Mapping[BulkKey, Mapping[str, Tensor]], memory: LentMemory
+) -> tuple[list[list[Bulk.Gradient]], list[BulkKey]]:
+    """Return what messages say of gradients that lie in the memory, and the keys of the others.
+
+    Those are all that do not lie there, or have so many tensors that no message names them all.
+    """
+    messages: list[list[Bulk.Gradient]] = []
+    others: list[BulkKey] = []
+    left_bytes = 0
+    for key, tensors in gradients.items():
+        lent = memory.find(tensors)
+        one = Bulk.Gradient(key=key_to_wire(key), tensors=to_wire(lent or ()))
+        if not lent or (size := one.ByteSize() + _FRAME_BYTES) > _MESSAGE_BYTES:
+            others.append(key)
+            continue
+        if size > left_bytes:
+            messages.append([])
+            left_bytes = _MESSAGE_BYTES
+        messages[-1].append(one)
+        left_bytes -= size
+    return messages, others
 
 
 def from_wire(tensors: Sequence[Bulk.Tensor]) -> list[LentTensor]:

@@ -11,7 +11,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import xxhash
@@ -29,7 +29,7 @@ from ..grpc.weights import get_weights, key_to_wire, put_weights, until_there_is
 from ..seqpacket import close_all
 from ..tensor_bytes import TensorBytes, tensors_in
 from .datagrams import BulkSocket, receive_file, send_file
-from .lent_memory import LentMemory, LentTensor, to_wire
+from .lent_memory import LentMemory, lending_messages
 from .shared import SharedMemory, make_memory
 
 
@@ -54,7 +54,7 @@ class BulkLinks:
         If the host has no room for the transfer, retry. Raises what its store raises, CallError,
         Corrupted, Unauthenticated, Expired, and HostLost if the host is lost.
         """
-        if not self._is_near(entry):
+        if not self.is_near(entry):
             yield get_weights(
                 entry.grpc_address,
                 wanted,
@@ -79,20 +79,10 @@ class BulkLinks:
             self._give_back(link)
 
     def put(
-        self,
-        entry: HostEntry,
-        given: BulkKey,
-        tensors: Mapping[str, Tensor],
-        *,
-        timeout_s: float,
-        memory: LentMemory | None = None,
-    ) -> bool:
-        """Give a host tensors: a copy, unless they lie in ``memory`` and the host is of this node.
-
-        Then the host reads them where they lie, whenever it likes; only this process knows when it
-        has ended. The result says whether it does so. Raises what `get` raises.
-        """
-        if not self._is_near(entry):
+        self, entry: HostEntry, given: BulkKey, tensors: Mapping[str, Tensor], *, timeout_s: float
+    ) -> None:
+        """Give a host a copy of tensors. Raises what `get` raises."""
+        if not self.is_near(entry):
             put_weights(
                 entry.grpc_address,
                 given,
@@ -100,21 +90,40 @@ class BulkLinks:
                 timeout_s=timeout_s,
                 proof=self._secret.proof("weights", entry.target),
             )
-            return False
-        lent = None if memory is None else memory.find(tensors)
+            return
 
         def transfer(left_s: float) -> None:
-            link = self._take(entry)
-            try:
-                if memory is not None and lent:
-                    link.lend(given, memory.descriptor, lent, left_s)
-                else:
-                    link.put(given, TensorBytes(tensors), left_s)
-            finally:
-                self._give_back(link)
+            with self._taking(entry) as link:
+                link.put(given, TensorBytes(tensors), left_s)
 
         until_there_is_room(transfer, timeout_s)
-        return bool(lent)
+
+    def lend(
+        self,
+        entry: HostEntry,
+        gradients: Mapping[BulkKey, Mapping[str, Tensor]],
+        memory: LentMemory,
+        *,
+        timeout_s: float,
+    ) -> None:
+        """Let a host of this node read gradients where they lie in ``memory``, whenever it likes.
+
+        Only this process knows when the host has ended. A copy of what does not lie there is put,
+        and of what has so many tensors that they cannot be named in a message. Raises what `get`
+        raises.
+        """
+        until = time.monotonic() + timeout_s
+        messages, others = lending_messages(gradients, memory)
+
+        def transfer(left_s: float) -> None:
+            with self._taking(entry) as link:
+                while messages:
+                    link.lend(messages[-1], memory.descriptor, left_s)
+                    messages.pop()
+
+        until_there_is_room(transfer, timeout_s)
+        for key in others:
+            self.put(entry, key, gradients[key], timeout_s=until - time.monotonic())
 
     def close(self) -> None:
         """End all connections. Tensors that are in use stay valid until the end of their block."""
@@ -126,7 +135,8 @@ class BulkLinks:
         for link in idle:
             link.close()
 
-    def _is_near(self, entry: HostEntry) -> bool:
+    def is_near(self, entry: HostEntry) -> bool:
+        """Return whether a host shares memory with this process."""
         return bool(entry.bulk_address) and entry.node == self._node
 
     def _take(self, entry: HostEntry) -> _Link:
@@ -151,6 +161,14 @@ class BulkLinks:
                 if self._closed:
                     link.end()
         return link
+
+    @contextlib.contextmanager
+    def _taking(self, entry: HostEntry) -> Iterator[_Link]:
+        link = self._take(entry)
+        try:
+            yield link
+        finally:
+            self._give_back(link)
 
     def _give_back(self, link: _Link) -> None:
         over: list[_Link] = []
@@ -233,17 +251,14 @@ class _Link:
             send_file(self._sock, self._seq, file, self._octets())
         self._await_done(until)
 
-    def lend(
-        self, given: BulkKey, descriptor: int, tensors: list[LentTensor], left_s: float
-    ) -> None:
-        """Let the host read tensors in the memory of ``descriptor``, which stays the caller's."""
+    def lend(self, gradients: Sequence[Bulk.Gradient], descriptor: int, left_s: float) -> None:
+        """Let the host read gradients in the memory of ``descriptor``, which stays the caller's."""
         until = time.monotonic() + left_s
         self._seq += 1
-        lend = Bulk.Lend(seq=self._seq, key=key_to_wire(given), tensors=to_wire(tensors))
         self.sound = False
         self._used_at = time.monotonic()
         with contextlib.suppress(HostLost):  # what the host has said before it ended comes first
-            self._sock.send(Bulk(lend=lend), [descriptor])
+            self._sock.send(Bulk(lend=Bulk.Lend(seq=self._seq, gradients=gradients)), [descriptor])
         self._await_done(until)
 
     def _await_done(self, until: float) -> None:

@@ -267,23 +267,27 @@ class _Connection:
         self._sock.send(Bulk(done=Bulk.Done(seq=put.seq)))
 
     def _borrow(self, lend: Bulk.Lend, fds: list[int]) -> None:
-        """Take tensors over that stay in the client's memory, and that it may change."""
-        given, tensors = _key(lend.key), from_wire(lend.tensors)
-        if given.kind != "gradient":
-            raise CallError(
-                f"kind: {given.kind} of {given.key} must be put as a copy; only "
-                "gradients are read in the client's memory"
-            )
+        """Take gradients over that stay in the client's memory, and that it may change.
+
+        After an error those before it are taken over.
+        """
         if len(fds) != 1:
             raise CallError("the descriptor of the memory is missing")
-        total, most = sum(one.nbytes for one in tensors), self._store.most_bytes(given)
-        if total > most or len({one.name for one in tensors}) < len(tensors):
-            raise CallError(
-                f"tensors: {total} bytes, but those of this key have at most {most}; or a name "
-                "comes twice"
-            )
-        self._lent = self._borrowed.of(fds[0])
-        self._store.put(given, self._lent.tensors(tensors))
+        self._lent = lent = self._borrowed.of(fds[0])
+        for one in lend.gradients:
+            given, tensors = _key(one.key), from_wire(one.tensors)
+            if given.kind != "gradient":
+                raise CallError(
+                    f"kind: {given.kind} of {given.key} must be put as a copy; only "
+                    "gradients are read in the client's memory"
+                )
+            total, most = sum(each.nbytes for each in tensors), self._store.most_bytes(given)
+            if total > most or len({each.name for each in tensors}) < len(tensors):
+                raise CallError(
+                    f"tensors: {total} bytes, but those of this key have at most {most}; or a name "
+                    "comes twice"
+                )
+            self._store.put(given, lent.tensors(tensors))
         self._sock.send(Bulk(done=Bulk.Done(seq=lend.seq)))
 
     def _written(self) -> Bulk.Written:

@@ -190,15 +190,15 @@ def test_gradients_lie_elsewhere_if_a_host_may_still_read_them(folder: Path) -> 
     ):
         run: Any = optimizer.run
         one_step(model, optimizer, 0)
-        memory = run._memory
+        memory = run._given.memory
         own = {("host-0", 1), ("host-1", 1)}
-        assert {(host, 1) for host, _ in run._lent_to} == own
+        assert {(host, 1) for host, _ in run._given._readers} == own
         one_step(model, optimizer, 1)
-        assert run._memory is memory, "all hosts have forgotten what they were given"
+        assert run._given.memory is memory, "all hosts have forgotten what they were given"
         pool.gate = lambda host, order: not (host == "host-1" and isinstance(order, Commit))
         one_step(model, optimizer, 2)
-        assert run._memory is not memory
-        assert not run._lent_to
+        assert run._given.memory is not memory
+        assert not run._given._readers
     gc.collect()
     assert settles(lambda: "memfd:moesaic:lent" not in Path("/proc/self/maps").read_text())
 

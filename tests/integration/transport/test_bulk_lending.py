@@ -5,18 +5,23 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from moesaic.actors.transport.bulk.lent_memory import LentMemory, LentTensor, to_wire
+from moesaic.actors.transport.bulk.lent_memory import (
+    LentMemory,
+    LentTensor,
+    lending_messages,
+    to_wire,
+)
 from moesaic.actors.transport.bulk.links import BulkLinks
 from moesaic.actors.transport.grpc.weights import key_to_wire
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.training.contributions import Attempt
 from moesaic.cluster.training.orders import BulkKey
+from moesaic.proto.errors import NotHere
 from moesaic.proto.expert_pb2 import Bulk
 from tests.helpers.pool.bulk import (
     NODE,
@@ -71,7 +76,7 @@ def test_a_host_reads_a_gradient_where_it_lies(
 ) -> None:
     ones, twos = made(memory, "up"), made(memory, "down", 2.0)
     given = {"up": ones, "down": twos}
-    assert links.put(host.entry, GRADIENT, given, timeout_s=DEADLINE_S, memory=memory)
+    links.lend(host.entry, {GRADIENT: given}, memory, timeout_s=DEADLINE_S)
     held = host.store.held[GRADIENT]
     assert {name: float(tensor.sum()) for name, tensor in held.items()} == {"up": 1e3, "down": 2e3}
     ones.fill_(3.0)
@@ -79,29 +84,64 @@ def test_a_host_reads_a_gradient_where_it_lies(
     assert nothing_held(host, connections=1)
 
 
-def test_other_tensors_and_other_nodes_get_a_copy(
+def test_a_copy_is_put_of_other_tensors(
     host: BulkHost, links: BulkLinks, memory: LentMemory
 ) -> None:
     here, elsewhere = made(memory), torch.ones(SHAPE)
-    far = replace(host.entry, node="there")
-    for entry, given in (
-        (host.entry, {"up": elsewhere}),
-        (host.entry, {"up": here, "down": elsewhere}),
-        (host.entry, {"up": here.t()}),
-        (host.entry, {"up": here[:0]}),
-        (far, {"up": here}),
+    for given in (
+        {"up": elsewhere},
+        {"up": here, "down": elsewhere},
+        {"up": here.t()},
+        {"up": here[:0]},
+        {f"{number} of many names": here for number in range(1500)},  # 80 KB
     ):
-        assert not links.put(entry, GRADIENT, given, timeout_s=DEADLINE_S, memory=memory)
+        links.lend(host.entry, {GRADIENT: given}, memory, timeout_s=DEADLINE_S)
         held = host.store.held.pop(GRADIENT)
         assert all(torch.equal(held[name], tensor) for name, tensor in given.items())
         assert all(memory.find({name: tensor}) is None for name, tensor in held.items())
+
+
+def of_expert(number: int) -> BulkKey:
+    return GRADIENT._replace(key=GRADIENT.key._replace(expert=number))
+
+
+def test_a_message_names_hundreds_of_gradients(
+    host: BulkHost, links: BulkLinks, memory: LentMemory
+) -> None:
+    ones = made(memory)
+    given = {of_expert(number): {"up": ones} for number in range(1000)}
+    messages, others = lending_messages(given, memory)
+    assert not others
+    assert sum(map(len, messages)) == 1000
+    assert len(messages) < 4
+    links.lend(host.entry, given, memory, timeout_s=DEADLINE_S)
+    assert host.store.held.keys() == given.keys()
+    ones.fill_(3.0)
+    assert all(float(held["up"].sum()) == 3e3 for held in host.store.held.values())
+    assert nothing_held(host, connections=1)
+
+
+def test_what_came_before_a_refused_one_is_taken_over(
+    host: BulkHost, links: BulkLinks, memory: LentMemory
+) -> None:
+    one = {"up": made(memory)}
+
+    def refuse_the_third(given: BulkKey) -> None:
+        if given == of_expert(2):
+            raise NotHere(f"{given.key} has another owner")
+
+    host.store.on_put = refuse_the_third
+    with pytest.raises(NotHere, match="another owner"):
+        links.lend(host.entry, {of_expert(n): one for n in range(4)}, memory, timeout_s=DEADLINE_S)
+    assert host.store.held.keys() == {of_expert(0), of_expert(1)}
+    assert serves_others(host, links)
 
 
 def test_memory_lasts_as_long_as_a_tensor_and_no_longer(host: BulkHost, links: BulkLinks) -> None:
     descriptors = len(open_things())
     before = mappings()
     memory = LentMemory(1 << 20, tensors=1)
-    links.put(host.entry, GRADIENT, {"up": made(memory)}, timeout_s=DEADLINE_S, memory=memory)
+    links.lend(host.entry, {GRADIENT: {"up": made(memory)}}, memory, timeout_s=DEADLINE_S)
     memory.close()
     memory.close()
     assert memory.tensor("other", SHAPE, torch.float32) is None
@@ -158,6 +198,11 @@ LIES: dict[str, tuple[list[LentTensor], Callable[[], int | None] | None, str]] =
 }
 
 
+def lending(key: BulkKey, tensors: list[LentTensor]) -> Bulk:
+    one = Bulk.Gradient(key=key_to_wire(key), tensors=to_wire(tensors))
+    return Bulk(lend=Bulk.Lend(seq=1, gradients=[one]))
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_what_is_lent_is_checked(
     host: BulkHost, links: BulkLinks, memory: LentMemory, lie: str
@@ -165,14 +210,11 @@ def test_what_is_lent_is_checked(
     tensors, other, message = LIES[lie]
     made(memory)
     descriptor = memory.descriptor if other is None else other()
-    lend = Bulk.Lend(seq=1, key=key_to_wire(GRADIENT), tensors=to_wire(tensors))
     with raw_client(host.entry) as sock:
-        sock.send(Bulk(lend=lend), [] if descriptor is None else [descriptor])
+        sock.send(lending(GRADIENT, tensors), [] if descriptor is None else [descriptor])
         code, said = refusal(sock)
         assert (code, message in said) == ("CallError", True), said
-        del lend.tensors[:]
-        lend.tensors.extend(to_wire([UP]))
-        sock.send(Bulk(lend=lend), [memory.descriptor])
+        sock.send(lending(GRADIENT, [UP]), [memory.descriptor])
         assert answer(sock).HasField("done")
     if descriptor not in (None, memory.descriptor):
         os.close(descriptor)
@@ -182,10 +224,9 @@ def test_what_is_lent_is_checked(
 
 def test_only_gradients_are_lent_and_of_known_types(host: BulkHost, memory: LentMemory) -> None:
     with raw_client(host.entry) as sock:
-        lend = Bulk.Lend(seq=1, key=key_to_wire(ONE), tensors=to_wire([UP]))
-        sock.send(Bulk(lend=lend), [memory.descriptor])
+        sock.send(lending(ONE, [UP]), [memory.descriptor])
         assert "weights" in refusal(sock)[1]
-        lend = Bulk.Lend(seq=2, key=key_to_wire(GRADIENT), tensors=to_wire([UP]))
-        lend.tensors[0].dtype = 99  # pyright: ignore[reportAttributeAccessIssue]
-        sock.send(Bulk(lend=lend), [memory.descriptor])
+        unknown = lending(GRADIENT, [UP])
+        unknown.lend.gradients[0].tensors[0].dtype = 99  # pyright: ignore[reportAttributeAccessIssue]
+        sock.send(unknown, [memory.descriptor])
         assert "up has the unknown type 99" in refusal(sock)[1]
