@@ -4,8 +4,8 @@
 
 A cluster on Ray with two hosts trains a model with AdamW. Memory is what is resident (RSS), and its
 peak within a step is the kernel's (VmHWM), so nothing is missed between two looks. What a host's
-process has before the run begins, besides its weights, is not counted. `at rest` is between two
-steps.
+process has before the run begins, besides its weights, is not counted, nor is what the trunk's
+process lets it read. `at rest` is between two steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import moesaic
 from benchmarks.measure import write_json
 from benchmarks.random_model import save_random_model
 from benchmarks.training import step_of
-from moesaic.cluster.training.host_memory import HostMemory
+from moesaic.cluster.training.host_memory import BESIDES_TENSORS_BYTES, HostMemory
 
 # 113 M parameters of experts; the trunk has 13 M.
 VOCABULARY = 4096
@@ -96,6 +96,17 @@ def resident_bytes(pid: int, field: str = "VmRSS") -> int:
     raise ValueError(f"/proc/{pid}/status has no {field}")
 
 
+def borrowed_bytes(pid: int) -> int:
+    """Return what a process has mapped of another one's gradients and touched."""
+    found, lent = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024 if lent else 0
+        elif "-" in line.split()[0]:  # the addresses of the next mapping
+            lent = "memfd:moesaic:lent" in line
+    return found
+
+
 def forget_peak(pid: int) -> None:
     """Let the largest memory of a process be that of now."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
@@ -128,10 +139,11 @@ def measure(case: Case, steps: int) -> list[HostFound]:
                         forget_peak(pid)
                     step()
                     for name, pid in pids.items():
-                        peaks[name] = max(peaks[name], resident_bytes(pid, "VmHWM"))
+                        found = resident_bytes(pid, "VmHWM") - borrowed_bytes(pid)
+                        peaks[name] = max(peaks[name], found)
                     time.sleep(QUIET_S)
                     for name, pid in pids.items():
-                        rests[name] = max(rests[name], resident_bytes(pid))
+                        rests[name] = max(rests[name], resident_bytes(pid) - borrowed_bytes(pid))
                 run: Any = optimizer.run
                 planned: Mapping[str, HostMemory] = run.planned_memory(
                     lent=case.lending == "always"
@@ -139,9 +151,9 @@ def measure(case: Case, steps: int) -> list[HostFound]:
     return [
         HostFound(
             host=name,
-            at_rest_planned=plan.at_rest,
+            at_rest_planned=plan.at_rest + BESIDES_TENSORS_BYTES,
             at_rest=rests[name] - before[name] + plan.weights,
-            peak_planned=plan.peak,
+            peak_planned=plan.peak + BESIDES_TENSORS_BYTES,
             peak=peaks[name] - before[name] + plan.weights,
         )
         for name, plan in sorted(planned.items())

@@ -12,7 +12,12 @@ import torch
 
 from ...cluster.card_memory import gb
 from ...cluster.spec.spec import ModelSpec, Spec
-from ...cluster.training.host_memory import HostMemory, TrainedBytes, pool_memory
+from ...cluster.training.host_memory import (
+    BESIDES_TENSORS_BYTES,
+    HostMemory,
+    TrainedBytes,
+    pool_memory,
+)
 from ...kernels.training.update_rules import UpdateRule
 from ...models.trunk.describe import HOST_BYTES, ModelDescription
 from ...proto.errors import UnsupportedModel
@@ -56,7 +61,8 @@ def check_training_memory(spec: Spec, models: Mapping[str, ModelDescription]) ->
         bare = others + hosts.without_state().peak
         # The process that trains has the trunk's weights, and gradients of the same type.
         processes = spec.num_hosts + trunks * len(models) + 1
-        wanted = others + hosts.peak + 2 * described.trunk_bytes + HOST_BYTES * processes
+        wanted = others + hosts.peak + 2 * described.trunk_bytes
+        wanted += HOST_BYTES * processes + BESIDES_TENSORS_BYTES * spec.num_hosts
         path, name = f"models.{number}.train", repr(model.name)
         if others + hosts.weights > total:
             continue

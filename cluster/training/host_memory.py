@@ -1,8 +1,8 @@
 """The memory that training takes on hosts: one formula for all who plan with it.
 
 A check before a start has sizes alone (`pool_memory`); a run knows who serves and who owns what
-(`memory_of_hosts`), and refuses to begin where it does not fit (`shortage`). Sizes are of tensors:
-a process, its code and the buffers of its connections come on top.
+(`memory_of_hosts`), and refuses to begin where it does not fit (`shortage`). Sizes are of tensors;
+a process takes `BESIDES_TENSORS_BYTES` on top of what it took before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from typing import NamedTuple
 from ..card_memory import gb
 from ..expert_keys import ExpertKey
 from .owners import Owners
+
+# What a run adds to a host's process besides tensors. PyTorch imports its compiler with the first
+# optimizer of a process (147 MB with torch 2.13), and buffers of the bulk path have 10 to 50 MB.
+BESIDES_TENSORS_BYTES = 200_000_000
 
 
 class TrainedBytes(NamedTuple):
