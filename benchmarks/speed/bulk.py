@@ -5,7 +5,8 @@
 The host is a process of its own. `memcpy` is torch's copy between two tensors that are in use
 already, in one process with one thread; `bulk` goes through shared memory, and `grpc` is what hosts
 of two nodes have. Both compute checksums on both sides. A `gradient` lies in memory that the client
-lends: the host reads all of it there.
+lends: the host reads all of it there. Hosts and trunks have four transfers under way (`4 x`), so
+that one waits for its other side while another computes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +41,7 @@ from moesaic.proto.keys import ClusterSecret, secret_of_process, target
 SIZES = {"1 MB": (10**6, 20), "10 MB": (10**7, 10), "100 MB": (10**8, 3)}
 # At least 40 % of the speed of a copy.
 TARGET = 2.5
+AT_ONCE = 4
 DEADLINE_S = 60.0
 _HOST, _INCARNATION = "host", 1
 # Both processes are one cluster.
@@ -153,26 +157,43 @@ def run(only: str | None = None) -> list[Comparison]:
         host() as entry,
         contextlib.closing(BulkLinks("here")) as near,
         contextlib.closing(BulkLinks("elsewhere")) as far,
+        ThreadPoolExecutor(AT_ONCE) as threads,
     ):
         results: list[Comparison] = []
         for direction, transfer in DIRECTIONS.items():
             for label, (nbytes, calls) in SIZES.items():
                 if only not in (None, direction):
                     continue
-                source, copy = torch.ones(nbytes // 4), torch.ones(nbytes // 4)
-                memcpy = lambda source=source, copy=copy: copy.copy_(source)  # noqa: E731
+                pairs = [(torch.ones(nbytes // 4), torch.ones(nbytes // 4)) for _ in range(AT_ONCE)]
+
+                def memcpy(pairs: Sequence[tuple[Tensor, Tensor]] = pairs) -> None:
+                    for source, copy in pairs:
+                        copy.copy_(source)
+
                 for ours, links, limit in (("bulk", near, TARGET), ("grpc", far, None)):
-                    results.append(
-                        compare(
-                            f"{direction}, {ours}, {label}",
-                            {ours: transfer(links, entry, nbytes), "memcpy": memcpy},
-                            ours=ours,
-                            base="memcpy",
-                            target=limit,
-                            rounds=7,
-                            calls=calls,
+                    if ours == "grpc" and direction == "gradient":
+                        continue  # it is put as any other tensor
+                    made = [transfer(links, entry, nbytes) for _ in range(AT_ONCE)]
+
+                    def at_once(made: Sequence[Callable[[], None]] = made) -> None:
+                        for one in [threads.submit(call) for call in made]:
+                            one.result()
+
+                    for way, call, copied in (
+                        (f"{AT_ONCE} x {label}", at_once, memcpy),
+                        (label, made[0], partial(memcpy, pairs[:1])),
+                    ):
+                        results.append(
+                            compare(
+                                f"{direction}, {ours}, {way}",
+                                {ours: call, "memcpy": copied},
+                                ours=ours,
+                                base="memcpy",
+                                target=limit if call is at_once else None,
+                                rounds=7,
+                                calls=calls,
+                            )
                         )
-                    )
         return results
 
 
