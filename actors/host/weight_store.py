@@ -269,6 +269,13 @@ class ExpertStore:
         if model is not None:
             model.memory.drop(gone)
 
+    def return_spare(self, name: str) -> None:
+        """Return memory that waits for the next versions of a model's experts."""
+        with self._lock:
+            model = self._models.get(name)
+        if model is not None:
+            model.memory.return_spare()
+
     def is_sound(self, held: ExpertVersion) -> bool:
         """Return whether an adopted expert has the bytes that were written, or has left."""
         return self._model(held.key.model).memory.is_sound(held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...proto.errors import ClusterError
@@ -27,6 +27,14 @@ class PoolNow:
 
     def incarnations(self) -> dict[str, int]:
         return {host: entry.incarnation for host, entry in self.entries.items()}
+
+    def domains_of_owners(self, hosts: Iterable[str], kind: str | None) -> dict[str, str]:
+        """Return the domains of those of ``hosts`` that stay and are on this kind of device."""
+        return {
+            host: self.domains.get(host) or host
+            for host in hosts
+            if host not in self.leaving and kind in (None, device_kind(self.entries[host]))
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +63,27 @@ class RunPlan:
     exact: bool = False
 
 
-def check_devices(plan: RunPlan, pool: PoolNow) -> None:
-    """Raise ClusterError if owners of one key may be on CPUs and on GPUs: their bits differ."""
-    kinds = {entry.device == _CPU: host for host, entry in pool.entries.items()}
-    if plan.redundancy and len(kinds) > 1:
+def device_kind(entry: HostEntry) -> str:
+    """Return where a host computes: "cpu" or "gpu"."""
+    return "cpu" if entry.device == _CPU else "gpu"
+
+
+def kind_of_owners(plan: RunPlan, pool: PoolNow) -> str | None:
+    """Return the kind of device that owners have to be on; None: any.
+
+    Updates on CPUs and on GPUs differ in their last bits, and those of one key's owners must not.
+    Raises ClusterError if the pool has both.
+    """
+    if not plan.redundancy:
+        return None
+    kinds = {device_kind(entry): host for host, entry in pool.entries.items()}
+    if len(kinds) > 1:
         raise ClusterError(
-            f"redundancy: {plan.redundancy}: {kinds[True]} computes on a CPU and {kinds[False]} on "
-            "a GPU, whose updates differ in the last bits; let all hosts be on one kind of device, "
-            "or use redundancy 0"
+            f"redundancy: {plan.redundancy}: {kinds['cpu']} computes on a CPU and {kinds['gpu']} "
+            "on a GPU, whose updates differ in the last bits; let all hosts be on one kind of "
+            "device, or use redundancy 0"
         )
+    return next(iter(kinds), None)
 
 
 def check_room(

@@ -56,7 +56,7 @@ from .owners import (
     owners_of_shared,
     without_hosts,
 )
-from .run_plan import PoolNow, RunPlan, check_devices, check_room
+from .run_plan import PoolNow, RunPlan, check_room, kind_of_owners
 
 Answers = Mapping[str, Answer | MoesaicError]
 T = TypeVar("T")
@@ -85,8 +85,8 @@ class TrainingSteps:
 
         The first commit has ``next_version``. Raises ClusterError.
         """
-        check_devices(plan, pool)
         self.plan = plan
+        self._owners_on = kind_of_owners(plan, pool)  # devices of this kind; None: on any
         self.step = 0  # steps that were committed, up to the state of now
         self._turn = 0  # commits and checkpoints that were taken over: it never goes back
         self.versions = versions  # of the weights after the last commit
@@ -447,14 +447,12 @@ class TrainingSteps:
         return Own(run=self.plan.run, versions=self.versions, keys=taken)
 
     def _dealt(self, hosts: Iterable[str]) -> dict[ExpertKey, tuple[str, ...]]:
-        """Return who is to own what among ``hosts``, without those that leave."""
+        """Return who is to own what among ``hosts``, without those that may not."""
         pool, plan = self._pool, self.plan
-        staying = {
-            host: pool.domains.get(host) or host for host in hosts if host not in pool.leaving
-        }
+        domains = pool.domains_of_owners(hosts, self._owners_on)
         return deal_owners(
             {key: one.nbytes for key, one in plan.tensors.items()},
-            OwnerHosts(domains=staying, holders=lambda key: pool.holders.get(key, ())),
+            OwnerHosts(domains=domains, holders=lambda key: pool.holders.get(key, ())),
             copies=1 + plan.redundancy,
             before=self.owners,
         )

@@ -91,6 +91,10 @@ class ExpertMemory(Protocol):
         """Return whether an expert still has the bytes that were written, or has left."""
         ...
 
+    def return_spare(self) -> None:
+        """Return to the system what waits for the next versions of experts that are trained."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -175,6 +179,16 @@ class SlabMemory:
             if self._learns and not others:
                 for other in range(COPIES):
                     slab.release(*place, other)
+
+    def return_spare(self) -> None:
+        with self._writing:
+            slab = self._slab
+            if slab is None or not self._learns:
+                return
+            for number, layer in slab.layout.layers.items():
+                for expert in range(layer.experts):
+                    for copy in range(COPIES):
+                        slab.release(number, expert, copy)
 
     def adopt(self, left: LeftMemory, forms: Mapping[int, ExpertForm]) -> list[ExpertVersion]:
         with self._writing, self._lock:
@@ -393,6 +407,9 @@ class SlotMemory:
         key, version = held
         with self._writing:  # so that it is not freed meanwhile
             return held not in self._held or self._slab.is_sound(key.layer, key.expert, version)
+
+    def return_spare(self) -> None:
+        """Do nothing: its slots are as many as they are."""
 
     def close(self) -> None:
         with self._writing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -240,3 +241,32 @@ def test_a_closed_memory_takes_nothing_more() -> None:
     with pytest.raises(NotHere, match="another model has taken the place"):
         memory.keep(ONE, layers[0].form(), ExpertWeights.of(parts))
     assert slabs() == before
+
+
+def test_memory_that_waits_for_a_next_version_can_be_returned() -> None:
+    layers = {layer.layer: layer for layer in experts_layers(tiny_model("mixtral"))}
+    memory = SlabMemory("m", layers, torch.float32, learns=True)
+
+    def keep(version: int) -> ExpertVersion:
+        shapes = expert_shapes(layers[0]).items()
+        parts = {name: torch.full(shape, float(version)) for name, shape in shapes}
+        held = ONE._replace(key=ONE.key._replace(layer=0), version=version)
+        memory.keep(held, layers[0].form(), ExpertWeights.of(parts))
+        return held
+
+    def resident_bytes() -> int:
+        descriptor = memory.descriptor
+        assert descriptor is not None
+        return os.fstat(descriptor).st_blocks * 512
+
+    first = keep(1)
+    one_bytes = resident_bytes()
+    keep(2)
+    two_bytes = resident_bytes()
+    memory.drop(first)
+    assert resident_bytes() == two_bytes > one_bytes
+    memory.return_spare()
+    assert resident_bytes() == one_bytes
+    with memory.reading(keep(3)) as tensors:
+        assert all((tensor == 3).all() for tensor in tensors.values())
+    memory.close()

@@ -320,6 +320,29 @@ def test_owners_of_one_key_are_on_one_kind_of_device(redundancy: int) -> None:
         TrainingSteps(plan, mixed, versions=versions, next_version=2)
 
 
+@pytest.mark.parametrize("redundancy", [0, 1])
+def test_a_host_on_another_kind_of_device_that_joins_owns_what_has_no_copies(
+    redundancy: int,
+) -> None:
+    world = TrainingWorld(0, hosts=2, redundancy=redundancy)
+    cpus = set(world.now().entries)
+    new = world.hosts.join()
+
+    def follow(leaving: str) -> set[str]:
+        pool = world.now()
+        gpu = replace(pool.entries[new], device="GPU-1")
+        pool = replace(
+            pool, entries={**pool.entries, new: gpu}, leaving=frozenset({leaving} - {""})
+        )
+        assert not world.exchange(world.steps.follow(pool))
+        return {host for hosts in world.steps.owners.values() for host in hosts}
+
+    follow("")
+    drained = min(cpus)
+    owners = follow(drained)
+    assert owners == (cpus - {drained} if redundancy else cpus - {drained} | {new})
+
+
 # ---- planted bugs -------------------------------------------------------------------------------
 
 
