@@ -16,6 +16,7 @@ from torch import Tensor
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.host.weight_store import ExpertStore, ServedWeights
 from moesaic.actors.router.layer_tensors import LayerTensors
+from moesaic.actors.transport.bulk.lent_memory import LentMemory
 from moesaic.actors.transport.bulk.links import BulkLinks
 from moesaic.cluster.expert_keys import TRUNK
 from moesaic.cluster.placement import HostEntry
@@ -107,7 +108,7 @@ def counting(patch: pytest.MonkeyPatch) -> Iterator[MovedBytes]:
     """Count what calls carry both ways, and what is got and put over the bulk path."""
     moved = MovedBytes()
     write, accept = LayerTensors.write, LayerTensors.accept
-    get, put = BulkLinks.get, BulkLinks.put
+    get, put, lend = BulkLinks.get, BulkLinks.put, BulkLinks.lend
 
     def written(self: LayerTensors, send: Any, frame: Any, layout: Any, buffer: Any) -> None:
         write(self, send, frame, layout, buffer)
@@ -135,11 +136,18 @@ def counting(patch: pytest.MonkeyPatch) -> Iterator[MovedBytes]:
         put(self, entry, key, tensors, **more)
         moves(key, tensors)
 
+    def lent(self: BulkLinks, entry: HostEntry, many: Any, memory: LentMemory, **more: Any) -> None:
+        lend(self, entry, many, memory, **more)
+        for key, tensors in many.items():
+            if memory.find(tensors):  # the others are put
+                moves(key, tensors)
+
     patched: list[tuple[type, str, Callable[..., Any]]] = [
         (LayerTensors, "write", written),
         (LayerTensors, "accept", accepted),
         (BulkLinks, "get", got),
         (BulkLinks, "put", given),
+        (BulkLinks, "lend", lent),
     ]
     with patch.context() as inside:
         for where, name, new in patched:

@@ -83,6 +83,7 @@ def test_what_is_not_free_for_adamw_is_a_warning(whole: Path, machine: Machine) 
     # A process for each host, the endpoint's trunk, and the one that trains, with its gradients.
     processes = spec.num_hosts + 2
     wanted = plan.peak + 3 * trunk + processes * check_training.HOST_BYTES
+    wanted += spec.num_hosts * check_training.BESIDES_TENSORS_BYTES
     machine(PLENTY, wanted)
     assert found(spec) == []
     machine(PLENTY, wanted - 1)

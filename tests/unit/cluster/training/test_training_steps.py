@@ -16,6 +16,7 @@ import pytest
 
 from moesaic.cluster.training.orders import Begin, CloseRun, Commit, Disown, Order, Own
 from moesaic.cluster.training.owners import _Dealing
+from moesaic.cluster.training.run_plan import PoolNow
 from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.versions import WeightVersions
 from moesaic.proto.errors import ClusterError, StepLost
@@ -447,11 +448,12 @@ BUGS = {
         "only a loss breaks a run",
     ),
     "hosts that leave become owners": Bug(
-        "_dealt",
-        "if host not in pool.leaving",
-        "if True",
+        "domains_of_owners",
+        "if host not in self.leaving and",
+        "if",
         IDLE,
         "hosts that are drained own nothing",
+        PoolNow,
     ),
     "replicas keep the old weights": Bug(
         "commit", "yield self._renewals()", "yield {}", ONE, "replicas are renewed"
