@@ -25,8 +25,7 @@ from ....proto.keys import ClusterSecret, secret_of_process
 from ....proto.limits import BULK_IDLE_S, MAX_BULK_BYTES, MAX_KEPT_BYTES
 from ....proto.unix_peers import same_user
 from ....proto.wire import WIRE_VERSION
-from ..grpc.weights import key_to_wire, until_there_is_room
-from ..grpc.weights_links import WeightsLinks
+from ..grpc.weights import get_weights, key_to_wire, put_weights, until_there_is_room
 from ..seqpacket import close_all
 from ..tensor_bytes import TensorBytes, tensors_in
 from .datagrams import BulkSocket, receive_file, send_file
@@ -45,7 +44,6 @@ class BulkLinks:
         self._idle: list[_Link] = []  # the one used last is at the end
         self._busy: set[_Link] = set()
         self._closed = False
-        self._far = WeightsLinks(self._secret)
 
     @contextlib.contextmanager
     def get(
@@ -57,9 +55,13 @@ class BulkLinks:
         Corrupted, Unauthenticated, Expired, and HostLost if the host is lost.
         """
         if not self.is_near(entry):
-            with self._far.to(entry) as far:
-                tensors = far.get(wanted, timeout_s=timeout_s, max_bytes=MAX_BULK_BYTES)
-            yield tensors
+            yield get_weights(
+                entry.grpc_address,
+                wanted,
+                timeout_s=timeout_s,
+                max_bytes=MAX_BULK_BYTES,
+                proof=self._secret.proof("weights", entry.target),
+            )
             return
 
         def transfer(left_s: float) -> tuple[_Link, dict[str, Tensor]]:
@@ -81,8 +83,13 @@ class BulkLinks:
     ) -> None:
         """Give a host a copy of tensors. Raises what `get` raises."""
         if not self.is_near(entry):
-            with self._far.to(entry) as far:
-                far.put(given, tensors, timeout_s=timeout_s)
+            put_weights(
+                entry.grpc_address,
+                given,
+                tensors,
+                timeout_s=timeout_s,
+                proof=self._secret.proof("weights", entry.target),
+            )
             return
 
         def transfer(left_s: float) -> None:
@@ -127,7 +134,6 @@ class BulkLinks:
                 link.end()
         for link in idle:
             link.close()
-        self._far.close()
 
     def is_near(self, entry: HostEntry) -> bool:
         """Return whether a host shares memory with this process."""

@@ -103,75 +103,6 @@ class BulkStore(Protocol):
         ...
 
 
-class WeightsLink:
-    """A connection to a host for weights alone, so that tokens never queue after them.
-
-    It is made with the first transfer; several threads may use it, and share its speed.
-    """
-
-    def __init__(self, address: str, proof: bytes | None = None) -> None:
-        """``proof`` is what the host asks every client for; None: of a listener of this process."""
-        self.address = address
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        proof = proof or secret_of_process().proof("weights", "")
-        self._stub = WeightsStub(show_proof(self._channel, proof))
-
-    def put(
-        self,
-        given: ExpertVersion | BulkKey,
-        tensors: Mapping[str, Tensor],
-        *,
-        timeout_s: float,
-        grant: Grant | None = None,
-    ) -> None:
-        """Send tensors to the host; it serves an expert when this returns.
-
-        If the host has no room for the transfer, retry. ``grant`` is the controller's.
-
-        Raises what the host's store raises, Unauthenticated, Expired, and HostLost if the host is
-        lost.
-        """
-        named = key_to_wire(given)
-        data = _save(tensors)
-        shown = [] if grant is None else [(_TERM, str(grant.term)), (_GRANT, grant.proof)]
-
-        def put(left_s: float) -> None:
-            with self._errors():
-                # As a future: a plain call would wait for a stuck chunk even after its deadline.
-                put = self._stub.Put.future(_split(named, data), timeout=left_s, metadata=shown)
-                put.result()
-
-        until_there_is_room(put, timeout_s)
-
-    def get(
-        self, wanted: ExpertVersion | BulkKey, *, timeout_s: float, max_bytes: int
-    ) -> dict[str, Tensor]:
-        """Copy tensors from the host.
-
-        If the host has no room for the transfer, retry. Raises NotHere if the host lacks them,
-        CallError if the file is announced or arrives larger than ``max_bytes``, or is none,
-        Corrupted if it is damaged, Unauthenticated, Expired, and HostLost if the host is lost.
-        """
-
-        def get(left_s: float) -> np.ndarray:
-            with self._errors():
-                chunks = self._stub.Get(key_to_wire(wanted), timeout=left_s)
-                return _join(_head(chunks), chunks, max_bytes)
-
-        return tensors_in(until_there_is_room(get, timeout_s))
-
-    def close(self) -> None:
-        """End the connection, and transfers that are under way."""
-        close_channel(self._channel, CLOSE_S)
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise from_grpc(error, self.address) from error
-
-
 def put_weights(
     address: str,
     given: ExpertVersion | BulkKey,
@@ -181,9 +112,23 @@ def put_weights(
     grant: Grant | None = None,
     proof: bytes | None = None,
 ) -> None:
-    """Send tensors to the host at ``address``, as `WeightsLink.put` with one transfer."""
-    with contextlib.closing(WeightsLink(address, proof)) as link:
-        link.put(given, tensors, timeout_s=timeout_s, grant=grant)
+    """Send tensors to the host at ``address``; the host serves an expert when this returns.
+
+    If the host has no room for the transfer, retry. ``grant`` is the controller's grant; ``proof``
+    is what the host asks every client for (None: the proof for a listener of this process).
+
+    Raises what the host's store raises, Unauthenticated, Expired, and HostLost if the host is lost.
+    """
+    named = key_to_wire(given)
+    data = _save(tensors)
+    shown = [] if grant is None else [(_TERM, str(grant.term)), (_GRANT, grant.proof)]
+
+    def put(left_s: float) -> None:
+        with _stub(address, proof) as stub:
+            # As a future: a plain call would wait for a stuck chunk even after its deadline.
+            stub.Put.future(_split(named, data), timeout=left_s, metadata=shown).result()
+
+    until_there_is_room(put, timeout_s)
 
 
 def get_weights(
@@ -194,9 +139,19 @@ def get_weights(
     max_bytes: int,
     proof: bytes | None = None,
 ) -> dict[str, Tensor]:
-    """Copy tensors from the host at ``address``, as `WeightsLink.get` with one transfer."""
-    with contextlib.closing(WeightsLink(address, proof)) as link:
-        return link.get(wanted, timeout_s=timeout_s, max_bytes=max_bytes)
+    """Copy tensors from the host at ``address``; ``proof`` is as in `put_weights`.
+
+    If the host has no room for the transfer, retry. Raises NotHere if the host lacks them,
+    CallError if the file is announced or arrives larger than ``max_bytes``, or is none, Corrupted
+    if it is damaged, Unauthenticated, Expired, and HostLost if the host is lost.
+    """
+
+    def get(left_s: float) -> np.ndarray:
+        with _stub(address, proof) as stub:
+            chunks = stub.Get(key_to_wire(wanted), timeout=left_s)
+            return _join(_head(chunks), chunks, max_bytes)
+
+    return tensors_in(until_there_is_room(get, timeout_s))
 
 
 def until_there_is_room(transfer: Callable[[float], T], timeout_s: float) -> T:
@@ -210,6 +165,18 @@ def until_there_is_room(transfer: Callable[[float], T], timeout_s: float) -> T:
             if time.monotonic() + pause_s >= until:
                 raise
         time.sleep(pause_s)
+
+
+@contextlib.contextmanager
+def _stub(address: str, proof: bytes | None) -> Iterator[WeightsStub]:
+    """Open a connection for weights alone, so that tokens never queue after them."""
+    channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    try:
+        yield WeightsStub(show_proof(channel, proof or secret_of_process().proof("weights", "")))
+    except grpc.RpcError as error:
+        raise from_grpc(error, address) from error
+    finally:
+        close_channel(channel, CLOSE_S)
 
 
 class Weights(WeightsServicer):

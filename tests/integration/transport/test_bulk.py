@@ -125,28 +125,6 @@ def test_what_is_put_is_what_is_got(
     assert settles(lambda: host.held_bytes() == host.store.readers == 0)
 
 
-def test_connections_over_grpc_are_kept_for_one_incarnation(host: BulkHost) -> None:
-    links = BulkLinks("elsewhere", SECRET)
-
-    def sockets() -> int:
-        links.put(host.entry, ONE, TENSORS["dtypes"], timeout_s=DEADLINE_S)
-        return open_things()[0]
-
-    before = open_things()[0]
-    assert [sockets() for _ in range(3)] == [sockets()] * 3
-    with pytest.raises(NotHere):
-        got(links, host, ONE._replace(version=99))  # after an error it is not kept
-    assert settles(lambda: open_things()[0] == before)
-    one = sockets()
-    newer = replace(host.entry, incarnation=host.entry.incarnation + 1)
-    with pytest.raises(Unauthenticated):
-        got(links, newer)
-    assert settles(lambda: open_things()[0] == before)
-    assert sockets() == one
-    links.close()
-    assert settles(lambda: open_things()[0] == before)
-
-
 def test_the_host_has_a_copy_of_its_own(host: BulkHost, links: BulkLinks) -> None:
     first, second = {"a": torch.zeros(1000)}, {"a": torch.ones(1000)}
     links.put(host.entry, ONE, first, timeout_s=DEADLINE_S)
