@@ -151,8 +151,8 @@ class HostTraining:
         self._store.check_trainable(order.model)
         run = RunTensors(self._host, self._store, order)
         self._forget()
-        self._store.return_spare(order.model)  # the plan counts it once more
         keep_freed_memory(True)
+        self._store.keep_spare(order.model, True)
         self._run, self._newest = run, order.run
         return self._opened()
 
@@ -168,7 +168,7 @@ class HostTraining:
     def _forget(self) -> None:
         self._on_loop(HostGradients.forget)
         if self._run is not None:
-            self._store.return_spare(self._run.opened.model)
+            self._store.keep_spare(self._run.opened.model, False)
         self._run = None
         self._renewed = 0, set()
         keep_freed_memory(False)

@@ -269,12 +269,12 @@ class ExpertStore:
         if model is not None:
             model.memory.drop(gone)
 
-    def return_spare(self, name: str) -> None:
-        """Return memory that waits for the next versions of a model's experts."""
+    def keep_spare(self, name: str, stays: bool) -> None:
+        """Let memory of a model's dropped versions wait for the next ones, or return it."""
         with self._lock:
             model = self._models.get(name)
         if model is not None:
-            model.memory.return_spare()
+            model.memory.keep_spare(stays)
 
     def is_sound(self, held: ExpertVersion) -> bool:
         """Return whether an adopted expert has the bytes that were written, or has left."""

@@ -16,7 +16,7 @@ from ...cluster.training.run_plan import RunPlan
 from ..transport.bulk.lent_memory import LentMemory
 from ..transport.bulk.links import BulkLinks
 
-# How long a host may take to take them over.
+# How long a host may take to take one message, or one tensor.
 GIVE_S = 120.0
 
 
@@ -42,13 +42,17 @@ class GivenGradients:
         gradients: Mapping[ExpertKey, Mapping[str, Tensor]],
         owning: Callable[[ExpertKey], Sequence[HostEntry]],
     ) -> list[Future[None]]:
-        """Begin to give gradients to their owners; they stay as they are until the next attempt."""
-        lying = self._threads.map(self.memory.hold, gradients, gradients.values())
+        """Begin to give gradients to their owners.
+
+        The caller leaves them as they are until they `may_be_overwritten`. Raises ClusterError if
+        memory for them is short.
+        """
         for_host: dict[HostEntry, dict[BulkKey, Mapping[str, Tensor]]] = {}
-        for key, tensors in zip(gradients, lying, strict=True):
+        for key, tensors in gradients.items():
+            lying = self.memory.hold(key, tensors)
             given = BulkKey("gradient", key, attempt=attempt, source=self._source)
             for entry in owning(key):
-                for_host.setdefault(entry, {})[given] = tensors
+                for_host.setdefault(entry, {})[given] = lying
         begun: list[Future[None]] = []
         for entry, named in for_host.items():
             if self._links.is_near(entry):

@@ -346,7 +346,7 @@ class PoolRun:
         steps = self._steps
         self._pool.publish(steps.versions.models[self._plan.model], PUBLISH_S)
         getting = self._start(self._blocks, self._get_weights)
-        self._exchange(steps.begin())
+        self._exchange(steps.begin(), beside=getting)
         self._finish(getting)
         self._served = steps.versions
         self._begun()
@@ -412,9 +412,10 @@ class PoolRun:
     ) -> list[Future[None]]:
         return [self._threads.submit(act, key) for key in keys]
 
-    def _finish(self, begun: Iterable[Future[None]]) -> None:
-        for one in begun:
-            one.result()
+    def _finish(self, begun: Sequence[Future[None]]) -> None:
+        with _cancelling(begun):
+            for one in begun:
+                one.result()
 
     # ---- exchanges ------------------------------------------------------------------------------
 
@@ -429,27 +430,31 @@ class PoolRun:
         ``beside`` goes on beside the first orders, and is awaited before the next.
         """
         answers: Answers | None = None
-        while True:
-            try:
-                orders = next(exchange) if answers is None else exchange.send(answers)
-            except StopIteration as end:
-                return end.value
-            answers = self._pool.order(orders, timeout_s) if orders else {}
-            for answer in answers.values():
-                if isinstance(answer, Superseded):
-                    self._over = answer
-                    raise answer
-            self._finish(beside)
+        with _cancelling(beside):
+            while True:
+                try:
+                    orders = next(exchange) if answers is None else exchange.send(answers)
+                except StopIteration as end:
+                    return end.value
+                answers = self._pool.order(orders, timeout_s) if orders else {}
+                for answer in answers.values():
+                    if isinstance(answer, Superseded):
+                        self._over = answer
+                        raise answer
+                self._finish(beside)
 
     @contextmanager
     def _attempt(self) -> Iterator[None]:
-        """Let an error end the attempt, as StepLost."""
+        """Let any error end the attempt, because gradients may be gone with it."""
         try:
             yield
-        except (StepLost, ClusterError):
+        except StepLost:
             raise
-        except MoesaicError as error:
-            raise self._steps.lose(describe_error(error)) from error
+        except BaseException as error:
+            lost = self._steps.lose(describe_error(error))
+            if isinstance(error, MoesaicError) and not self._steps.broken:
+                raise lost from error
+            raise
 
     def _check(self) -> None:
         if self._over is not None:
@@ -478,3 +483,14 @@ class PoolRun:
                     log.warning("run %d: %s: %s", self.run, host, error)
         finally:
             self._lock.release()
+
+
+@contextmanager
+def _cancelling(begun: Iterable[Future[None]]) -> Iterator[None]:
+    """After an error, cancel what has not begun yet: the next attempt would wait for it."""
+    try:
+        yield
+    except BaseException:
+        for one in begun:
+            one.cancel()
+        raise

@@ -18,6 +18,7 @@ from .owners import Owners
 
 # What a run adds to a host's process besides tensors. PyTorch imports its compiler with the first
 # optimizer of a process (147 MB with torch 2.13), and buffers of the bulk path have 10 to 50 MB.
+# When a host says how much is free (`shortage`), the compiler is there already.
 BESIDES_TENSORS_BYTES = 200_000_000
 
 

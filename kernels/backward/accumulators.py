@@ -189,10 +189,10 @@ class GradientAccumulators:
 
 
 def sum_of_squares(tensor: Tensor) -> float:
-    """Return the sum of the squares of all elements, of rows in their type, of all in float64.
+    """Return the sum of the squares of all elements, in float64.
 
-    It is NaN or infinite if some element is, or if the sum is too large for float64. The relative
-    error is that of a float32 norm of `_ROW` elements at most, 1e-6, and in practice 1e-8.
+    It is NaN or infinite if some element is, or if the sum is too large for float64. Squares of
+    `_ROW` elements are added up in the wide type, so the relative error for float32 is about 1e-7.
     """
     flat_N = tensor.reshape(-1)
     even = flat_N.numel() // _ROW * _ROW

@@ -91,8 +91,8 @@ class ExpertMemory(Protocol):
         """Return whether an expert still has the bytes that were written, or has left."""
         ...
 
-    def return_spare(self) -> None:
-        """Return to the system what waits for the next versions of experts that are trained."""
+    def keep_spare(self, stays: bool) -> None:
+        """Let memory of versions that are dropped wait for the next ones, or return it."""
         ...
 
     def close(self) -> None: ...
@@ -116,6 +116,7 @@ class SlabMemory:
         read them, which with many rows is as fast (`kernels/backward/`).
         """
         self._learns = learns
+        self._keeps_spare = False
         self._name = name
         self._layers = layers
         self._dtype = dtype
@@ -174,18 +175,19 @@ class SlabMemory:
             # Training makes a version in each step, and writing into fresh memory takes longer: it
             # stays for the next one as long as the host has the expert.
             others = [c for c in range(COPIES) if c != copy and slab.version(*place, c) is not None]
-            stays = self._learns and bool(others)
+            stays = self._keeps_spare and bool(others)
             slab.free(*place, copy, keep_memory=stays)
-            if self._learns and not others:
+            if self._keeps_spare and not others:
                 for other in range(COPIES):
                     slab.release(*place, other)
 
-    def return_spare(self) -> None:
+    def keep_spare(self, stays: bool) -> None:
         with self._writing:
-            slab = self._slab
-            if slab is None or not self._learns:
-                return
-            for number, layer in slab.layout.layers.items():
+            self._keeps_spare, slab = stays, self._slab
+        if stays or slab is None:
+            return
+        for number, layer in slab.layout.layers.items():
+            with self._writing:
                 for expert in range(layer.experts):
                     for copy in range(COPIES):
                         slab.release(number, expert, copy)
@@ -408,8 +410,8 @@ class SlotMemory:
         with self._writing:  # so that it is not freed meanwhile
             return held not in self._held or self._slab.is_sound(key.layer, key.expert, version)
 
-    def return_spare(self) -> None:
-        """Do nothing: its slots are as many as they are."""
+    def keep_spare(self, stays: bool) -> None:
+        """Do nothing: the slots of a card all keep their memory."""
 
     def close(self) -> None:
         with self._writing:

@@ -115,13 +115,15 @@ class BulkLinks:
         until = time.monotonic() + timeout_s
         messages, others = lending_messages(gradients, memory)
 
-        def transfer(left_s: float) -> None:
+        def transfer(_: float) -> None:
             with self._taking(entry) as link:
                 while messages:
+                    left_s = max(until - time.monotonic(), 1e-3)
                     link.lend(messages[-1], memory.descriptor, left_s)
                     messages.pop()
 
-        until_there_is_room(transfer, timeout_s)
+        if messages:
+            until_there_is_room(transfer, timeout_s)
         for key in others:
             self.put(entry, key, gradients[key], timeout_s=until - time.monotonic())
 

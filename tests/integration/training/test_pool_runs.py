@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moesaic.actors.training.giving import GivenGradients
 from moesaic.cluster.training.orders import Commit, Order, Reduce
 from moesaic.proto.errors import CheckpointError, ClusterError, StepLost
 from tests.helpers.pool.transports import settles
@@ -201,6 +202,34 @@ def test_gradients_lie_elsewhere_if_a_host_may_still_read_them(folder: Path) -> 
         assert not run._given._readers
     gc.collect()
     assert settles(lambda: "memfd:moesaic:lent" not in Path("/proc/self/maps").read_text())
+
+
+@pytest.mark.parametrize("kind", [ClusterError, MemoryError, KeyboardInterrupt])
+def test_any_error_while_gradients_are_given_ends_the_attempt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """They are forgotten by then: a second try would commit a step without them."""
+    plain, expected = plain_run(folder, 2)
+
+    def fail(*_: object) -> Any:
+        raise kind("as planned")
+
+    with (
+        training_pool(folder, borrows=True) as pool,
+        optimizing(pool, folder, borrows=True) as (model, optimizer),
+    ):
+        found = [one_step(model, optimizer, 0)]
+        with monkeypatch.context() as patch:
+            patch.setattr(GivenGradients, "give", fail)
+            with pytest.raises(StepLost if kind is ClusterError else kind, match="as planned"):
+                one_step(model, optimizer, 1)
+        if kind is not ClusterError:  # StepLost was raised already, and all gradients are gone
+            with pytest.raises(StepLost, match="as planned"):
+                optimizer.step()
+        optimizer.zero_grad()
+        found.append(one_step(model, optimizer, 1))
+        assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12
+        assert_same_model(pool, model, plain, 1e-12)
 
 
 def test_without_redundancy_a_lost_owner_ends_the_run(folder: Path) -> None:

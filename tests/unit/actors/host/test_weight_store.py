@@ -243,7 +243,7 @@ def test_a_closed_memory_takes_nothing_more() -> None:
     assert slabs() == before
 
 
-def test_memory_that_waits_for_a_next_version_can_be_returned() -> None:
+def test_memory_waits_for_a_next_version_while_a_run_is_open() -> None:
     layers = {layer.layer: layer for layer in experts_layers(tiny_model("mixtral"))}
     memory = SlabMemory("m", layers, torch.float32, learns=True)
 
@@ -259,14 +259,19 @@ def test_memory_that_waits_for_a_next_version_can_be_returned() -> None:
         assert descriptor is not None
         return os.fstat(descriptor).st_blocks * 512
 
-    first = keep(1)
+    held = keep(1)
     one_bytes = resident_bytes()
-    keep(2)
+    memory.keep_spare(True)
+    old, held = held, keep(2)
     two_bytes = resident_bytes()
-    memory.drop(first)
+    memory.drop(old)
     assert resident_bytes() == two_bytes > one_bytes
-    memory.return_spare()
+    memory.keep_spare(False)
     assert resident_bytes() == one_bytes
-    with memory.reading(keep(3)) as tensors:
+    old, held = held, keep(3)
+    assert resident_bytes() == two_bytes
+    memory.drop(old)
+    assert resident_bytes() == one_bytes
+    with memory.reading(held) as tensors:
         assert all((tensor == 3).all() for tensor in tensors.values())
     memory.close()
