@@ -87,7 +87,8 @@ class GradientAccumulators:
     def __init__(self, *, exact: bool = False, memory: SumMemory | None = None) -> None:
         """``memory`` is for the sums of experts on the CPU, as long as it has room.
 
-        The caller begins a new object with the same memory only when nobody reads the old sums.
+        Two accumulators with the same memory overwrite each other's sums: make the second one when
+        nobody reads the first one's any more.
         """
         self.exact = exact
         self._memory = memory
