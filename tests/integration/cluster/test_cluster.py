@@ -20,6 +20,7 @@ from moesaic.cluster.reports.status import RouterServiceStatus
 from moesaic.handle import Cluster
 from tests.helpers.models.architectures import tiny_model
 from tests.helpers.paths import ROOT
+from tests.helpers.processes.frozen import freeze
 from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
@@ -136,7 +137,7 @@ def test_a_frozen_host_changes_no_token_and_comes_back(cluster: Cluster) -> None
         expected = text_of(client, "mixtral", 100)
         host = processes_of(cluster)["host-1"]
         with text_in_background(client, "mixtral", 100) as result:
-            os.kill(host.pid, signal.SIGSTOP)
+            freeze(host.pid)
             try:
                 assert result() == expected
             finally:

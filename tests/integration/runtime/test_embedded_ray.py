@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from ray._private import services
 from moesaic.actors.runtime import embedded_ray
 from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.proto.errors import ClusterError
+from tests.helpers.processes.frozen import freeze
 from tests.helpers.processes.live import ON_RAY
 
 pytestmark = ON_RAY
@@ -49,7 +49,7 @@ def starts(rays: Path, log: str, started: list[psutil.Process]) -> Callable[...,
         raylet = psutil.Process(subprocess.Popen(command).pid)
         while not (children := raylet.children()):
             pass
-        raylet.send_signal(signal.SIGSTOP)
+        freeze(raylet.pid)
         started.extend([raylet, *children])
         raise Exception("The current node timed out during startup.")
 

@@ -30,6 +30,7 @@ from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError, EngineError, MoesaicError
 from tests.helpers.endpoint.scripted import COUNT, SLOWLY, WAIT, scripted_engine
 from tests.helpers.paths import ROOT
+from tests.helpers.processes.frozen import freeze
 from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
@@ -80,7 +81,7 @@ def trunks(cluster: Cluster) -> list[psutil.Process]:
 
 @contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         yield
     finally:

@@ -45,6 +45,7 @@ from tests.helpers.pool.bulk import (
     written,
 )
 from tests.helpers.pool.transports import DEADLINE_S, SECRET, open_things, process, settles
+from tests.helpers.processes.frozen import freeze
 
 GIVEN = {"up": torch.ones(1000)}
 MODULE = "tests.helpers.pool.bulk"
@@ -239,7 +240,7 @@ def test_a_host_that_freezes(near: BulkLinks) -> None:
     with process("host", module=MODULE) as (child, line):
         entry = HostEntry(**json.loads(line))
         near.put(entry, ONE, GIVEN, timeout_s=DEADLINE_S)
-        child.send_signal(signal.SIGSTOP)
+        freeze(child.pid)
         with pytest.raises(Expired):
             near.put(entry, ONE, GIVEN, timeout_s=0.1)
         with pytest.raises(Expired), near.get(entry, ONE, timeout_s=0.1):

@@ -52,6 +52,7 @@ from tests.helpers.pool.transports import (
     settles,
     welcome,
 )
+from tests.helpers.processes.frozen import freeze
 
 pytestmark = pytest.mark.alone  # frozen processes are noticed by the clock
 
@@ -138,7 +139,7 @@ def test_a_peer_that_is_lost_in_the_middle_of_a_transfer(frozen: bool, hasty: No
         hearing = pool.submit(router.receive, 1)
         sending = pool.submit(router.send, random_bytes(PIECE_BYTES))
         if frozen:
-            child.send_signal(signal.SIGSTOP)
+            freeze(child.pid)
         else:
             child.kill()
         for waiting in (sending, hearing):
@@ -207,7 +208,7 @@ def test_a_frozen_router_does_not_hold_up_its_host(hasty: None) -> None:
     with process("router", "group", listener.address) as (child, _):
         session = accept(listener)
         call = hear(session, 2)[1]
-        child.send_signal(signal.SIGSTOP)
+        freeze(child.pid)
         began = time.monotonic()
         answer(session, call)
         assert time.monotonic() - began < SHORT_S
@@ -311,7 +312,7 @@ def test_a_frozen_host_comes_back_over_grpc_and_a_killed_one_costs_no_call(
         router = placed(pool, placement)
         assert router.stats().transports == dict.fromkeys(placement.hosts, "gloo")
         ask(pool, router)
-        child.send_signal(signal.SIGSTOP)
+        freeze(child.pid)
         ask(pool, router)
         assert router.stats().retries > 0
         # Its connection ends when it has not taken a call in time, whoever else answered it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from tests.helpers.pool.transports import (
     send_call,
     settles,
 )
+from tests.helpers.processes.frozen import freeze
 
 MIB = 1 << 20
 
@@ -126,7 +126,7 @@ def test_a_host_that_takes_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> N
     with process("host", "grpc") as (child, address):
         channel = GrpcChannel("host", address, router="r", max_inflight_bytes=MIB)
         hear(channel)
-        child.send_signal(signal.SIGSTOP)
+        freeze(child.pid)
         send_call(channel, 1, rows_of(24 * MIB))  # more than sockets hold
         with pytest.raises(HostLost, match="read nothing"):
             send_call(channel, 2, timeout_s=DEADLINE_S)

@@ -29,6 +29,7 @@ from tests.helpers.pool.transports import (
     settles,
     welcome,
 )
+from tests.helpers.processes.frozen import freeze
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 
@@ -166,7 +167,7 @@ def test_the_host_is_killed(kind: str) -> None:
     with process("host", kind) as (child, address):
         channel = channel_to(kind, address)
         hear(channel)
-        child.send_signal(signal.SIGSTOP)
+        freeze(child.pid)
         send_call(channel, 1)
         child.kill()
         hear_end(channel)
@@ -195,7 +196,7 @@ def test_late_answers_belong_to_their_calls(kind: str) -> None:
     with process("host", kind) as (child, address):
         channel = channel_to(kind, address, slots=3)
         hear(channel)
-        child.send_signal(signal.SIGSTOP)
+        freeze(child.pid)
         given_up = [1, 2]
         for seq in given_up:
             send_call(channel, seq)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -40,6 +39,7 @@ from tests.helpers.pool.transports import (
     process,
     settles,
 )
+from tests.helpers.processes.frozen import freeze
 
 KEY = ExpertKey("model", 3, 5)
 ONE = ExpertVersion(KEY, 1)
@@ -141,7 +141,7 @@ def test_a_host_that_freezes_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> N
         def freezing(key: WeightsKey, data: np.ndarray) -> Iterator[WeightsChunk]:
             for number, chunk in enumerate(real(key, data)):
                 if number == 2:
-                    child.send_signal(signal.SIGSTOP)
+                    freeze(child.pid)
                 yield chunk
 
         monkeypatch.setattr(weights, "_split", freezing)

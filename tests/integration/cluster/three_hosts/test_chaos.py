@@ -16,6 +16,7 @@ from moesaic import Client
 from moesaic.cluster.reports.status import MissingExpert
 from moesaic.handle import Cluster
 from moesaic.proto.errors import EngineError, MoesaicError
+from tests.helpers.processes.frozen import freeze
 from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
@@ -50,7 +51,7 @@ def slowed(pid: int, run_s: float = 0.01, stand_s: float = 0.09) -> Iterator[Non
 
     def tease() -> None:
         while not over.is_set():
-            os.kill(pid, signal.SIGSTOP)
+            freeze(pid)
             over.wait(stand_s)
             os.kill(pid, signal.SIGCONT)
             over.wait(run_s)
