@@ -29,8 +29,8 @@ import torch
 import moesaic
 from moesaic.actors.router.pool_link import PlacementWatch
 from moesaic.actors.router.router import Router
-from moesaic.actors.runtime.cluster_secret import secret_of
 from moesaic.actors.runtime.ray_border import namespace_of
+from moesaic.actors.store.cluster_secret import secret_of
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.placement import LayerPlacement
 from moesaic.cluster.planner.balance import balancedness

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 import moesaic
 from benchmarks.measure import Comparison, report
 from benchmarks.random_model import save_random_model
+from moesaic.actors.runtime.embedded_ray import started_processes
 
 VOCABULARY = 2048
 MODEL = {
@@ -80,7 +81,7 @@ def pool(folder: Path, lending: str, ids: torch.Tensor) -> Iterator[Step]:
 def cpu_s() -> float:
     """CPU seconds of this process and of all that it has started."""
     total = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    for process in [psutil.Process(), *started_processes()]:
         try:
             times = process.cpu_times()
         except psutil.NoSuchProcess:

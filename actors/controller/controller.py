@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
@@ -18,42 +19,41 @@ from ...cluster.control.commands import EndRun, Evict, MakePlan, Publish
 from ...cluster.control.control import Control
 from ...cluster.control.host_speed import Work
 from ...cluster.control.loading import LoadExperts
-from ...cluster.control.policy import ControlPolicy
 from ...cluster.control.pool_view import Observation, without
 from ...cluster.control.watchdog import Watchdog
 from ...cluster.expert_keys import ExpertKey, first_versions
 from ...cluster.load.meter import LoadReport
 from ...cluster.load.trace import LoadTotals
 from ...cluster.placement import ModelRef, ModelShape, PlacementId, PlacementNews
-from ...cluster.planner.plan import FleetGroup
 from ...cluster.reports.activity import Activity, ExpertReport
 from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
 from ...cluster.reports.scaling import ScalingReport
 from ...cluster.reports.status import ClusterStatus
 from ...cluster.reports.updates import WeightUpdateReport
 from ...cluster.scaling.fleet import Fleet
-from ...cluster.spec.parts import AutoscaleSpec
 from ...cluster.training.runs import BegunTraining, TrainingNews
 from ...cluster.update_folder import UpdateFolder
 from ...proto.errors import CheckpointError, ClusterError, describe_error
 from ..host.report import HostReport
 from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert, grant_all
 from ..router_service.service_actor import ServiceWatch
-from ..runtime.cluster_secret import secret_of
-from ..runtime.durable_state import (
+from ..runtime.process_log import begin_process
+from ..runtime.ray_border import cluster_of
+from ..store.cluster_secret import secret_of
+from ..store.durable_state import (
     claim_term,
     store_updates,
     stored_asleep,
     stored_constraints,
+    stored_deployment,
     stored_fleet,
     stored_updates,
 )
-from ..runtime.process_log import begin_process
-from ..runtime.ray_border import cluster_of
 from .events import Events
 from .host_actors import HostActors
 from .host_orders import HostOrders
 from .host_polling import HostPolling, PollResult
+from .host_provisioner import HostProvisioner, HostStarter
 from .operations import Operations
 from .overview import LoopState, Overview
 from .sizing import Sizing
@@ -82,24 +82,26 @@ class Controller:
     def __init__(
         self,
         namespace: str,
-        groups: Sequence[FleetGroup],
-        models: Sequence[tuple[ModelRef, ModelShape]],
-        policy: ControlPolicy,
-        autoscale: AutoscaleSpec,
-        router: tuple[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start the control loop; ``router`` has the router service's address and start timeout."""
+        """Control the cluster whose `Deployment` is stored. Raises ClusterError."""
         begin_process("controller", "controller", cluster_of(namespace))
+        deployment = stored_deployment(namespace)
+        if deployment is None:
+            raise ClusterError(f"cluster {cluster_of(namespace)!r}: nothing says what it is to be")
+        spec = deployment.spec
+        groups = [group.fleet for group in spec.hosts]
         self._namespace = namespace
         self._clock = clock
         self._wake = asyncio.Event()  # set when the loop should tick soon
         self._hurried = asyncio.Event()  # set when it should tick at once
         self._term = claim_term(namespace)
+        pending_s = spec.autoscale.pending_s
+        first = Fleet(groups, spec.autoscale.policy, pending_s=pending_s).desired()
         fleet = Fleet(
-            groups, autoscale.policy, pending_s=autoscale.pending_s, kept=stored_fleet(namespace)
+            groups, spec.autoscale.policy, pending_s=pending_s, kept=stored_fleet(namespace)
         )
-        self._control = Control(fleet.pool_hosts(), term=self._term, policy=policy)
+        self._control = Control(fleet.pool_hosts(), term=self._term, policy=spec.balance.policy)
         fleet.take_over(self._control)
         self._control.set_constraints(stored_constraints(namespace))
         self._control.idle_models.keep_asleep(stored_asleep(namespace))
@@ -108,7 +110,7 @@ class Controller:
         if updates is not None:
             self._control.restore(updates)
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
-        for ref, shape in models:
+        for ref, shape in deployment.models:
             self._adopt(ref, shape)
         store_updates(namespace, self._term, self._control.snapshot())
         self._hosts = HostActors(namespace)
@@ -151,7 +153,11 @@ class Controller:
             sizing=self._sizing,
             training=self._training,
             watchdog=self._watchdog,
-            service=None if router is None else ServiceWatch(namespace, *router, clock=clock),
+            service=(
+                None
+                if deployment.router is None
+                else ServiceWatch(namespace, deployment.router, spec.timeouts.start_s, clock=clock)
+            ),
             models=self._models,
             loop=self._state,
             term=self._term,
@@ -161,6 +167,11 @@ class Controller:
         self._loop = loop.create_task(self._run())
         self._watching = loop.create_task(
             self._overview.watch(namespace, lambda: self._polling.quiet)
+        )
+        self._provisioner = HostProvisioner(
+            HostStarter(spec, namespace, first, self._hosts.nodes),
+            namespace,
+            partial(self._sizing.desired_for_thread, loop),
         )
 
     # ---- called by others -----------------------------------------------------------------------
@@ -308,8 +319,9 @@ class Controller:
 
     # ---- the pool's size: see `Sizing` ----------------------------------------------------------
 
-    async def desired(self, known: int | None, wait_s: float) -> tuple[int, dict[str, int]]:
-        return await self._sizing.desired(known, wait_s)
+    async def desired(self) -> list[str]:
+        """Return the names of all hosts there should be."""
+        return list((await self._sizing.desired(None, 0.0))[1])
 
     async def scale(self, count: int, group: int, who: str) -> ScalingReport:
         return await self._sizing.scale(count, group, who)

@@ -59,6 +59,10 @@ class HostActors:
             why = f"no answer for {timeout_s:g} s" if late else last_line(error)
             raise ClusterError(f"model {ref.name!r}: {host} does not take it: {why}") from error
 
+    def nodes(self) -> dict[str, str]:
+        """Return the node of every host that has reported. From any thread."""
+        return {host: report.entry.node for host, report in self.reports.copy().items()}
+
     def state(self, host: str) -> HostState:
         return self._states.get(host, HostState.STARTING)
 
@@ -133,7 +137,7 @@ class HostActors:
         try:
             await asyncio.wait_for(self.handle(host).entry.remote(), ARRIVAL_S)
         except (RayError, ValueError, TimeoutError) as error:
-            # The owner has not started the host yet, or the host died while starting.
+            # Nothing has started the host yet, or the host died while starting.
             if isinstance(error, RayActorError):
                 told = f"the host died while starting: {last_line(error)}"
                 if self.errors.get(host) != told:

@@ -1,33 +1,37 @@
-"""Expert hosts as Ray actors, and the thread of the cluster's owner that starts and ends them.
+"""Expert hosts as Ray actors, and the thread of the controller that starts and ends them.
 
-The controller decides which hosts there are. The owner starts and ends them, so that every host
-ends with the owner. Ray's own autoscaler counts an actor that waits for a machine as demand and a
-machine without actors as idle, so it adds and removes nodes without being asked.
+Hosts belong to no process: they outlive the controller, whose successor finds them by their names.
+Ray's own autoscaler counts an actor that waits for a machine as demand and a machine without actors
+as idle, so it adds and removes nodes without being asked.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
+import re
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
+from ...cluster.scaling.fleet import HOST_NAME
 from ...cluster.scaling.node_choice import PlacedHost, PoolNode, choose_node
 from ...cluster.spec.spec import HostGroup, Spec
-from ...proto.errors import describe_error
 from ..host.host_actor import RayExpertHost
-from ..runtime.ray_border import actor_options
+from ..runtime.placement_groups import reserved
+from ..runtime.ray_border import actor_options, named_actors
 
 log = logging.getLogger(__name__)
 
-# How long the controller may hold back an answer that changes nothing.
-ASK_WAIT_S = 10.0
-ASK_TIMEOUT_S = 13.0
 PAUSE_S = 0.3
 # For hosts that are ended; one that is frozen or still waits for a machine does not answer.
 LEAVE_S = 1.0
@@ -36,29 +40,40 @@ LEAVE_S = 1.0
 class HostStarter:
     """Starts the hosts of one cluster."""
 
-    def __init__(self, spec: Spec, namespace: str, threads: int) -> None:
-        """Start nothing yet; a host whose group says ``threads: auto`` gets ``threads``."""
+    def __init__(
+        self,
+        spec: Spec,
+        namespace: str,
+        first: Mapping[str, int],
+        nodes: Callable[[], Mapping[str, str]],
+    ) -> None:
+        """Start nothing yet.
+
+        ``first`` has the group of each host that the spec asks for, by name and in order: they
+        take the places of the groups' placement groups. ``nodes`` returns the node of every host
+        that is up.
+        """
         self._spec = spec
         self._namespace = namespace
-        self._threads = threads
-        self._placed: dict[str, PlacedHost] = {}  # hosts whose machine was chosen here
+        self._places = _places(first)
+        self._nodes = nodes
+        self._chosen: dict[str, str] = {}  # the nodes that were chosen here
 
-    def start(self, name: str, group: int, strategy: Any = None) -> Any:
-        """Start a host, and return its actor's handle; the actor may wait for a machine.
-
-        ``strategy`` is Ray's; None: on the machines in turn.
-        """
+    def start(self, name: str, group: int, others: Mapping[str, int]) -> None:
+        """Start a host beside ``others``, each with its group; it may wait for a machine."""
         wanted = self._spec.hosts[group]
-        threads = self._threads if wanted.threads == "auto" else wanted.threads
+        threads = self._threads() if wanted.threads == "auto" else wanted.threads
         lends = self._spec.lending_of(wanted) != "never"
-        return (
+        strategy = self._reserved(name, group) or self._strategy(name, wanted, others, stays=lends)
+        (
             ray.remote(RayExpertHost)
             .options(
                 name=name,
                 namespace=self._namespace,
+                lifetime="detached",
                 max_restarts=-1,
                 max_concurrency=8,
-                scheduling_strategy=strategy or self._strategy(name, wanted, stays=lends),
+                scheduling_strategy=strategy,
                 **actor_options(wanted, threads),
             )
             .remote(
@@ -75,102 +90,133 @@ class HostStarter:
             )
         )
 
-    def ended(self, name: str) -> None:
-        self._placed.pop(name, None)
+    def _threads(self) -> int:
+        """Return each host's share of a node's cores, if hosts are spread evenly."""
+        nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
+        per_node = math.ceil(self._spec.num_hosts / nodes)
+        return max(1, (os.cpu_count() or 1) // per_node)
 
-    def _strategy(self, name: str, wanted: HostGroup, *, stays: bool) -> Any:
+    def _reserved(self, name: str, group: int) -> Any:
+        if (place := self._places.get(name)) is None:
+            return None
+        found = reserved(self._namespace, group)
+        return None if found is None else PlacementGroupSchedulingStrategy(found, place)
+
+    def _strategy(
+        self, name: str, wanted: HostGroup, others: Mapping[str, int], *, stays: bool
+    ) -> Any:
         """Return a strategy that spreads hosts over machines.
 
         With ``stays`` the host's next process starts on the same machine, while that lives.
         """
         if not stays:
             return "SPREAD"
-        reserved = {"CPU": wanted.num_cpus, "GPU": wanted.num_gpus, **wanted.resources}
         nodes = [
             PoolNode(node["NodeID"], node["Resources"], node.get("Labels") or {})
             for node in ray.nodes()
             if node["Alive"]
         ]
-        chosen = choose_node(nodes, list(self._placed.values()), reserved, wanted.labels)
+        at = {**self._chosen, **self._nodes()}
+        placed = [
+            PlacedHost(at[other], _needs(self._spec.hosts[group]))
+            for other, group in others.items()
+            if other in at
+        ]
+        chosen = choose_node(nodes, placed, _needs(wanted), wanted.labels)
         if chosen is None:
             return "SPREAD"
-        self._placed[name] = PlacedHost(chosen, reserved)
+        self._chosen[name] = chosen
         # Another program may have taken the room: then the host starts elsewhere.
         return NodeAffinitySchedulingStrategy(chosen, soft=True, _spill_on_unavailable=True)
 
 
 class HostProvisioner:
-    """Asks the controller which hosts there should be, and starts and ends them.
+    """Asks the controller's loop which hosts there should be, and starts and ends them.
 
-    The thread survives every error. If it ended all the same, the controller would notice that
-    nobody asks any more, and `status` would say so.
+    It has a thread, because Ray's calls block it while Ray's GCS is down. The thread survives every
+    error. If it ended all the same, the loop would notice that nobody asks any more, and `status`
+    would say so.
     """
 
-    def __init__(self, starter: HostStarter, controller: Any, hosts: Mapping[str, Any]) -> None:
-        self.hosts = dict(hosts)
-        self._starter = starter
-        self._controller = controller
-        self._stop = threading.Event()
-        self._turn = threading.Event()  # the controller has answered, or the keeper is closed
-        self._thread = threading.Thread(target=self._run, name="host-keeper", daemon=True)
-        self._thread.start()
+    def __init__(
+        self,
+        starter: HostStarter,
+        namespace: str,
+        desired: Callable[[int | None], tuple[int, dict[str, int]]],
+    ) -> None:
+        """Begin; ``desired`` returns a number and the group of every host there should be.
 
-    def close(self) -> None:
-        """End all hosts, and stop following the controller."""
-        self._stop.set()
-        self._turn.set()
-        self._thread.join(ASK_TIMEOUT_S)
-        hosts, self.hosts = self.hosts, {}
-        _end(list(hosts.values()))
+        Given the last number, it waits a while for another one.
+        """
+        self._starter = starter
+        self._namespace = namespace
+        self._desired = desired
+        self._thread = threading.Thread(target=self._run, name="provisioner", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         known: int | None = None
-        lost = False  # whether the controller did not answer the last time
-        while not self._stop.wait(PAUSE_S):
+        while True:
+            time.sleep(PAUSE_S)
             try:
-                self._turn.clear()
-                asked = self._controller.desired.remote(known, ASK_WAIT_S)
-                asked.future().add_done_callback(lambda _: self._turn.set())
-                if not self._stop.is_set():
-                    self._turn.wait(ASK_TIMEOUT_S)
-                if self._stop.is_set():
-                    return
-                found: tuple[int, dict[str, int]] = ray.get(asked, timeout=0)
-                self._follow(found[1])
-                known = found[0]
-                if lost:
-                    log.info("the controller answers again")
-                lost = False
-            except RayError as error:
-                known = None  # a restarted controller numbers its answers anew
-                # Ray restarts the controller; hosts stay as they are.
-                if not lost:
-                    log.info(
-                        "the controller does not answer: %s", describe_error(error).splitlines()[0]
-                    )
-                lost = True
+                number, desired = self._desired(known)
+                if number != known:
+                    self._follow(desired)
+                known = number
             except Exception:
-                # Whatever failed, the next round asks for the whole list again.
+                # Whatever failed, the next round looks at all hosts again.
                 known = None
                 log.exception("hosts could not be started or ended")
 
     def _follow(self, desired: Mapping[str, int]) -> None:
-        for name in self.hosts.keys() - desired.keys():
-            _end([self.hosts.pop(name)])
-            self._starter.ended(name)
+        there = host_names(self._namespace)
+        gone = there - desired.keys()
+        end_hosts(self._namespace, sorted(gone))
+        for name in sorted(gone):
             log.info("host %s is ended", name, extra={"host": name})
-        for name in sorted(desired.keys() - self.hosts.keys()):
-            if self._stop.is_set():
-                return
-            self.hosts[name] = self._starter.start(name, desired[name])
+        for name in sorted(desired.keys() - there, key=_number):
+            self._starter.start(
+                name, desired[name], {n: g for n, g in desired.items() if n != name}
+            )
             log.info("host %s is started", name, extra={"host": name})
 
 
-def _end(hosts: Sequence[Any]) -> None:
+def host_names(namespace: str) -> set[str]:
+    """Return the names of all hosts of a cluster, whether or not they have started."""
+    return {name for name in named_actors(namespace) if re.fullmatch(HOST_NAME, name)}
+
+
+def end_hosts(namespace: str, names: Sequence[str]) -> None:
     """End hosts for good; those that answer free their memory at once."""
+    hosts = [host for name in names if (host := _actor(name, namespace)) is not None]
     if not hosts:
         return
     with ExitStack() as each:
         for host in hosts:
             each.callback(ray.kill, host, no_restart=True)
         ray.wait([host.leave.remote() for host in hosts], num_returns=len(hosts), timeout=LEAVE_S)
+
+
+def _actor(name: str, namespace: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        return None  # it has ended meanwhile
+
+
+def _places(first: Mapping[str, int]) -> dict[str, int]:
+    """Return each host's place among the hosts of its group."""
+    places: dict[str, int] = {}
+    counts: dict[int, int] = {}
+    for name, group in first.items():
+        places[name] = counts.setdefault(group, 0)
+        counts[group] += 1
+    return places
+
+
+def _needs(group: HostGroup) -> dict[str, float]:
+    return {"CPU": group.num_cpus, "GPU": group.num_gpus, **group.resources}
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("-")[2])

@@ -25,7 +25,7 @@ from ...cluster.planner.plan import OperatorConstraints, Plan
 from ...cluster.reports.placing import ChangeReport, DrainPhase, DrainReport, PlanReport
 from ...cluster.spec.text import bytes_of
 from ...proto.errors import ClusterError
-from ..runtime.durable_state import store_constraints
+from ..store.durable_state import store_constraints
 
 # How long to retry the plan for a constraint if the pool changes while the plan is made.
 PLAN_S = 60.0

@@ -1,4 +1,4 @@
-"""The controller's part in the pool's size: it decides, the owner starts and ends hosts.
+"""The controller's part in the pool's size: it decides, a provisioner starts and ends hosts.
 
 Errors are ClusterError.
 """
@@ -14,14 +14,17 @@ from ...cluster.control.control import Control
 from ...cluster.reports.scaling import ScalingReport, ScalingStatus
 from ...cluster.scaling.fleet import Fleet
 from ...proto.errors import ClusterError
-from ..runtime.durable_state import store_asleep, store_constraints, store_fleet
+from ..store.durable_state import store_asleep, store_constraints, store_fleet
 
-# The owner asks every few seconds; a pause longer than this is shown as a problem.
-_OWNER_LATE_S = 20.0
+# The provisioner asks every few seconds; a pause longer than this is shown as a problem.
+_LATE_S = 20.0
+# How long an answer that changes nothing is held back, and how long it may take in all.
+ASK_WAIT_S = 10.0
+ASK_TIMEOUT_S = 13.0
 
 
 class Sizing:
-    """The pool's size, as operators, the autoscaler and the owner deal with it."""
+    """The pool's size, as operators, the autoscaler and the provisioner deal with it."""
 
     def __init__(
         self,
@@ -38,20 +41,30 @@ class Sizing:
         self._wake = wake
         self._clock = clock
         self._resized = asyncio.Event()
-        self._owner_asked = self._clock()
+        self._asked = self._clock()
         self._kept_version = -1
         self._kept_asleep = control.idle_models.asleep
 
     async def desired(self, known: int | None, wait_s: float) -> tuple[int, dict[str, int]]:
-        """Return a version number and the group of every host that the owner should run.
+        """Return a version number and the group of every host there should be.
 
         While the version is ``known``, wait up to ``wait_s`` for another one.
         """
-        self._owner_asked = self._clock()
+        self._asked = self._clock()
         if known == self._fleet.version:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._resized.wait(), wait_s)
         return self._fleet.version, self._fleet.desired()
+
+    def desired_for_thread(
+        self, loop: asyncio.AbstractEventLoop, known: int | None
+    ) -> tuple[int, dict[str, int]]:
+        """Call `desired` of ``loop`` from another thread. Raises TimeoutError."""
+        asked = asyncio.run_coroutine_threadsafe(self.desired(known, ASK_WAIT_S), loop)
+        try:
+            return asked.result(ASK_TIMEOUT_S)
+        finally:
+            asked.cancel()
 
     async def scale(self, count: int, group: int, who: str) -> ScalingReport:
         """Set a group's size to ``count`` hosts; `scaling` tells of the progress."""
@@ -87,17 +100,15 @@ class Sizing:
 
     def status(self, now: float) -> ScalingStatus:
         """Return the pool's size for `status`, with the problem if there is one."""
-        age_s = now - self._owner_asked
-        late = (
-            age_s > _OWNER_LATE_S and self._fleet.desired().keys() - self._control.view.observations
-        )
+        age_s = now - self._asked
+        late = age_s > _LATE_S and self._fleet.desired().keys() - self._control.view.observations
         problem = None
         if late:
             problem = (
-                f"the cluster's owner has not asked which hosts to run for {age_s:.0f} s; check "
-                "the process that started the cluster"
+                f"the controller has started and ended no hosts for {age_s:.0f} s: Ray's GCS may "
+                "be down; `moesaic logs controller` has more"
             )
-        return self._fleet.report(self._control, now, owner_age_s=age_s, problem=problem)
+        return self._fleet.report(self._control, now, provisioner_age_s=age_s, problem=problem)
 
     def waiting(self, host: str, now: float) -> str | None:
         """Return what a host that has not started yet waits for."""

@@ -17,8 +17,8 @@ from ...cluster.update_folder import UpdateFolder
 from ...cluster.weight_updates import WeightUpdate
 from ...proto.errors import ClusterError
 from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert, grant_all
-from ..runtime.cluster_secret import secret_of
-from ..runtime.durable_state import store_updates
+from ..store.cluster_secret import secret_of
+from ..store.durable_state import store_updates
 from .host_actors import HostActors
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from ...models.trunk.lean_imports import import_models
 from ..runtime.low_priority_import import import_at_low_priority
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import namespace_of
-from ..runtime.start_failures import recording_failure
+from ..store.start_failures import recording_failure
 
 if TYPE_CHECKING:
     # Ray imports this module at normal priority, so it must not import torch.
@@ -53,7 +53,7 @@ class RayExpertHost:
             begin_process("host", name, cluster)
             # A restarting host shares its cores with processes that serve: low priority.
             import_at_low_priority(".host", __package__, first=import_models)
-            from ..runtime.cluster_secret import secret_of
+            from ..store.cluster_secret import secret_of
             from .host import ExpertHost
             from .memory.kept_memory import KeptMemory
 

@@ -17,9 +17,9 @@ from ...cluster.placement import Placement, PlacementNews, VersionChange
 from ...kernels.ffn import ExpertForm
 from ...proto.errors import describe_error
 from ..engine.trunk_config import TrunkConfig
-from ..runtime.cluster_secret import secret_of
 from ..runtime.devices import pick_device, pinned_numa_node
 from ..runtime.ray_border import CONTROLLER
+from ..store.cluster_secret import secret_of
 from .router import Router
 
 log = logging.getLogger(__name__)

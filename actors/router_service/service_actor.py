@@ -25,7 +25,7 @@ from ..runtime.log_settings import log_environment
 from ..runtime.ports import free_port
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of, controller_of, ray_get, thread_environment
-from ..runtime.start_failures import recording_failure
+from ..store.start_failures import recording_failure
 
 if TYPE_CHECKING:
     from ...kernels.ffn import ExpertForm
@@ -56,8 +56,8 @@ class RayRouterService:
 
         from ..router.pool_link import PlacementWatch
         from ..router.router import Router
-        from ..runtime.cluster_secret import router_key_of, secret_of
         from ..runtime.devices import pinned_numa_node
+        from ..store.cluster_secret import router_key_of, secret_of
         from .catalog import Catalog
 
         wanted = spec.router
@@ -121,17 +121,18 @@ def service_address(spec: Spec) -> str | None:
     return f"{spec.router.host}:{spec.router.port or free_port(spec.router.host)}"
 
 
-def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
-    """Start the service, and return its actor's handle once it answers. Raises ClusterError."""
+def start_router_service(spec: Spec, namespace: str, address: str) -> None:
+    """Start the service, and wait until it answers. Raises ClusterError."""
     threads = 1 if spec.router is None else max(1, spec.router.threads)
     actor: Any = (
         ray.remote(RayRouterService)
         .options(
             name=NAME,
             namespace=namespace,
+            lifetime="detached",
             max_restarts=-1,
             num_cpus=0,
-            # On the node of the owner, because the spec names an address of that node.
+            # On this node, because the spec names an address of that node.
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
@@ -144,7 +145,6 @@ def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
     except BaseException:
         ray.kill(actor, no_restart=True)
         raise
-    return actor
 
 
 class ServiceWatch:

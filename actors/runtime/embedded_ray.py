@@ -1,34 +1,34 @@
-"""A Ray that this process starts: a failed start is cleaned up, and tried once more.
+"""A Ray of Moesaic's own: its processes belong to no other, and outlive the one that started them.
 
 A busy machine may be too slow for the 30 s in which Ray expects its processes to start. Ray then
-raises an error and leaves the processes that it had started; they hold memory and ports until this
-process ends.
+raises an error and leaves the processes that it had started: they are ended, and the start is tried
+once more.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
+import json
 import logging
 import os
 import re
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any
+from tempfile import TemporaryFile, mkdtemp
+from typing import IO
 
 import psutil
 import ray
 from ray._common.utils import get_default_system_temp_dir
-from ray._private import worker
 
 from ...proto.errors import ClusterError
 from .ray_token import make_token
@@ -38,74 +38,128 @@ log = logging.getLogger(__name__)
 TRIES = 2
 # The only one of Ray's waits for its processes that can be set; its default is 30 s.
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")
+# Ray's own waits, one after the other, take less.
+START_S = 300.0
 # Log files to quote after a failed start, the most telling first.
 _LOGS = ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out")
 _TAIL_LINES = 3
 _END_S = 10.0
+_HEAD = "moesaic.actors.runtime.ray_head"
+
+# The programs by which this process has started Rays; a Ray's folder is named by its program's id.
+_heads: list[int] = []
 
 
-def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) -> None:
-    """Start a new Ray with `ray.init` and these options.
+@dataclass(frozen=True, slots=True)
+class EmbeddedRay:
+    """A Ray that Moesaic started on this machine."""
+
+    address: str  # host:port of its GCS
+    folder: Path  # of its sockets and logs; its name is in the command lines of its processes
+
+
+def start_embedded(
+    said: Callable[[str], None] = log.warning,
+    *,
+    num_cpus: int,
+    num_gpus: int | None = None,
+    object_store_memory: int | None = None,
+) -> EmbeddedRay:
+    """Start a new Ray, which runs until `end_embedded`; this process is not connected to it yet.
 
     ``said`` is called with a message if a start failed and is tried once more. Raises ClusterError
     with the cause if the last attempt fails too.
     """
     make_token()
+    options = {
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "object_store_memory": object_store_memory,
+        "temp_dir": str(_ray_folder()),
+    }
+    command = [sys.executable, "-m", _HEAD, json.dumps(options)]
     for number in range(1, TRIES + 1):
         before = sessions()
         try:
-            ray.init(address="local", _temp_dir=str(_ray_folder()), **options)
-            return
+            return _started(command)
         except BaseException as error:
-            # Ray raises errors of many types here, and an interrupted start leaves processes too.
+            # An interrupted start leaves processes, too.
             folders = sorted(sessions() - before)
             words = f"Ray did not start: {_reason(error)}{_last_words(folders)}"
             end_sessions(folders)
-            # A start that failed late may have connected this process already.
-            _shut_down_ray()
-            _forget_processes(error)
-            if not isinstance(error, Exception):
+            if not isinstance(error, ClusterError):
                 raise
             if number == TRIES:
                 raise ClusterError(f"ray.address: local: {words}") from error
             said(f"{words}; Moesaic tries once more")
+    raise AssertionError("the last attempt returns or raises")
 
 
-def end_embedded() -> None:
-    """Shut down the Ray that this process started, and kill processes that do not end in time."""
-    running = processes_of(*(folder.name for folder in sessions()))
+def _started(command: list[str]) -> EmbeddedRay:
+    """Run the program that starts a Ray. Raises ClusterError with the last line that it printed."""
+    # Not pipes: what a failed start leaves would keep them open.
+    with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
+        # In a session of its own: Ray's processes do not get the terminal's Ctrl-C.
+        head = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,
+        )
+        _heads.append(head.pid)
+        try:
+            ended = head.wait(START_S)
+        except subprocess.TimeoutExpired:
+            raise ClusterError(f"its processes did not start within {START_S:g} s") from None
+        finally:
+            head.kill()
+            head.wait()
+        if ended:
+            raise ClusterError(_last_line(errors) or f"its starter ended with {ended}")
+        found = json.loads(_last_line(output))
+    return EmbeddedRay(found["address"], Path(found["folder"]))
+
+
+def _last_line(file: IO[str]) -> str:
+    file.seek(0)
+    return next((line for line in reversed(file.read().splitlines()) if line.strip()), "")
+
+
+def started_processes() -> list[psutil.Process]:
+    """Return the processes of all Rays that this process started."""
+    return processes_of(*(folder.name for folder in sessions()))
+
+
+def end_embedded(folder: Path) -> None:
+    """End the Ray with this folder; processes that do not end in time are killed.
+
+    If this process is connected to that Ray, it is disconnected first.
+    """
+    running = processes_of(folder.name)
     try:
-        _shut_down_ray()
+        disconnect()
+        raylets = [process for process in running if _name(process) == "raylet"]
+        # A raylet that is asked to end takes its workers along.
+        for process in raylets:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(raylets, timeout=_END_S)
     finally:
-        _, left = psutil.wait_procs(running, timeout=_END_S)
-        _kill(left)
+        _kill(running)
+        _kill_sessions([folder.name])
 
 
-def _shut_down_ray() -> None:
-    """Shut down Ray, and keep this process's handler of SIGTERM.
+def disconnect() -> None:
+    """Disconnect this process from Ray, and keep its handler of SIGTERM.
 
     Ray's library resets the signal to its default, which ends a process in the middle of its work,
-    while Python still believes that its handler is installed. Then Ray waits for its processes to
-    end, which takes seconds; so the handler is put back before that, too.
+    while Python still believes that its handler is installed.
     """
     handler = signal.getsignal(signal.SIGTERM)
-    in_main = threading.current_thread() is threading.main_thread()
-
-    def put_back() -> None:
-        if handler is not None and in_main:
-            signal.signal(signal.SIGTERM, handler)
-
-    node: Any = worker._global_node
-    if node is not None:
-        end_processes = node.kill_all_processes
-
-        def kill_all_processes(*arguments: Any, **named: Any) -> None:
-            put_back()
-            end_processes(*arguments, **named)
-
-        node.kill_all_processes = kill_all_processes
     ray.shutdown()
-    put_back()
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def kill_embedded() -> None:
@@ -113,22 +167,21 @@ def kill_embedded() -> None:
     _kill_sessions([folder.name for folder in sessions()])
 
 
-def _forget_processes(error: BaseException) -> None:
-    """Free Ray's process objects, which the error keeps alive, without their warnings."""
-    traceback.clear_frames(error.__traceback__)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def sessions() -> set[Path]:
     """Return the folders of all Rays that this process started."""
-    return set(_ray_folder().glob(f"session_*_{os.getpid()}"))
+    return {folder for pid in _heads for folder in _ray_folder().glob(f"session_*_{pid}")}
 
 
 @cache
 def _ray_folder() -> Path:
-    """Return the folder for sockets, logs and packages of this process's Rays.
+    """Return the folder for sockets, logs and packages of this user's Rays.
 
     Ray lets all users of the machine write there, so it lies in a folder that no other user can
     enter. Its name is short, because the path of a socket may have only 107 characters.

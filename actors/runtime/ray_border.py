@@ -10,7 +10,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ...cluster.card_memory import mig_names
 from ...cluster.spec.parts import Resources
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, MoesaicError, describe_error
-from .embedded_ray import end_embedded, start_embedded
+from .embedded_ray import EmbeddedRay, end_embedded, start_embedded
 from .joining import join
 from .log_settings import log_environment
 from .ray_token import need_token
@@ -41,56 +40,44 @@ HEAD_NODE = "node:__internal_head__"
 EMBEDDED_STORE_BYTES = 128 << 20
 
 
-@dataclass(slots=True)
-class _Embedded:
-    """The Ray that this process started, if it did: the number of clusters on it."""
-
-    clusters: int = 0
+# The Ray that this process started last, if it did.
+_embedded: list[EmbeddedRay] = []
 
 
-_embedded = _Embedded()
+def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> EmbeddedRay | None:
+    """Connect to Ray; start one where the spec asks for it, and return it.
 
-
-def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
-    """Connect to Ray, or start one from this process; return True if it is this process's own.
-
-    This process's own Ray ends with the last cluster on it, see `end_ray`. ``said`` is called with
-    a message if a start failed and is tried once more. Raises ClusterError, also if this process is
-    connected to a Ray that asks for no token.
+    None: the Ray is not Moesaic's own. A second cluster of this process is on the same Ray as the
+    first. ``said`` is called with a message if a start failed and is tried once more. Raises
+    ClusterError, also if this process is connected to a Ray that asks for no token.
     """
-    namespace = namespace_of(spec.name)
     if spec.ray.address != "local" and not ray.is_initialized():
         join_ray(spec.ray.address, spec.name, insecure=spec.ray.insecure)
-        return False
+        return None
     if ray.is_initialized():
         _need_token(spec)
-        if spec.ray.address != "local" or not _embedded.clusters:
-            return False  # the program started or joined it
-    else:
-        _embedded.clusters = 0
-        wanted = sum(group.num_cpus * group.most for group in spec.hosts)
-        trunks = spec.trunk.num_cpus * spec.trunk.max_replicas
-        wanted += (trunks + 1) * max(1, len(spec.models))
-        instances = mig_names(os.environ.get("CUDA_VISIBLE_DEVICES"))
-        start_embedded(
-            said,
-            namespace=namespace,
-            # Processes share the cores in turns, so the spec fits on a machine with fewer cores.
-            num_cpus=math.ceil(wanted) + 4,
-            # Ray would count the GPU that they are parts of, once.
-            num_gpus=len(instances) or None,
-            include_dashboard=False,
-            object_store_memory=EMBEDDED_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-        try:
-            _need_token(spec)
-        except ClusterError:
-            end_embedded()
-            raise
-    _embedded.clusters += 1
-    return True
+        here = ray_address()
+        own = next((one for one in _embedded if one.address == here), None)
+        return own if spec.ray.address == "local" else None
+    wanted = sum(group.num_cpus * group.most for group in spec.hosts)
+    trunks = spec.trunk.num_cpus * spec.trunk.max_replicas
+    wanted += (trunks + 1) * max(1, len(spec.models))
+    instances = mig_names(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    started = start_embedded(
+        said,
+        # Processes share the cores in turns, so the spec fits on a machine with fewer cores.
+        num_cpus=math.ceil(wanted) + 4,
+        # Ray would count the GPU that they are parts of, once.
+        num_gpus=len(instances) or None,
+        object_store_memory=EMBEDDED_STORE_BYTES,
+    )
+    try:
+        join_ray(started.address, spec.name, insecure=spec.ray.insecure)
+    except BaseException:
+        end_embedded(started.folder)
+        raise
+    _embedded[:] = [started]
+    return started
 
 
 def _need_token(spec: Spec) -> None:
@@ -100,25 +87,25 @@ def _need_token(spec: Spec) -> None:
         raise ClusterError(f"ray.address: {spec.ray.address}: {error}") from error.__cause__
 
 
-def ray_ends_with_one() -> bool:
-    """Return whether the Ray of this process ends with the next `end_ray`."""
-    return _embedded.clusters == 1
+def others_on_ray(namespace: str) -> list[str]:
+    """Return the names of the other clusters on the Ray that this process is connected to."""
+    known: Any = ray.util.list_named_actors(all_namespaces=True)
+    controllers = {actor["namespace"] for actor in known if actor["name"] == CONTROLLER}
+    return sorted(cluster_of(one) for one in controllers - {namespace} if cluster_of(one) != one)
 
 
-def end_ray() -> None:
-    """End a cluster's use of this process's Ray; call once per `start_ray` that returned True."""
-    _embedded.clusters -= 1
-    if _embedded.clusters == 0:
-        end_embedded()
+def named_actors(namespace: str) -> list[str]:
+    """Return the names of all actors of a namespace that have not ended."""
+    known: Any = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in known if actor["namespace"] == namespace]
 
 
 def kill_named(namespace: str, prefix: str = "") -> None:
     """End all actors of a namespace with this prefix; a failure does not spare the others."""
-    known: Any = ray.util.list_named_actors(all_namespaces=True)
     with contextlib.ExitStack() as each:
-        for actor in known:
-            if actor["namespace"] == namespace and actor["name"].startswith(prefix):
-                each.callback(_kill_one, actor["name"], namespace)
+        for name in named_actors(namespace):
+            if name.startswith(prefix):
+                each.callback(_kill_one, name, namespace)
 
 
 def _kill_one(name: str, namespace: str) -> None:

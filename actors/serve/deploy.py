@@ -31,7 +31,7 @@ from ...proto.errors import ClusterError, InternalError, NoAnswer, describe_erro
 from ..engine.engine import EngineConfig, ExpertBounds
 from ..engine.trunk_config import TrunkConfig
 from ..runtime.ray_border import CONTROLLER, actor_options, last_line, namespace_of
-from ..runtime.start_failures import StartFailure, describe_failures
+from ..store.start_failures import StartFailure, describe_failures
 from ..trunk.engine_factory import EngineFactory
 from .serve_app import QUESTION_TIMEOUT_S, START_TIMEOUT_S, Trunk, build, ending_s
 from .serve_border import (

@@ -33,7 +33,7 @@ class IngressDrain:
     """Calls the ingress from a Ray actor of its own.
 
     Serve starts threads and handles in a process that calls its applications. They end with
-    this actor, and do not stay in the owner's process.
+    this actor, and do not stay in the process that ends the cluster.
     """
 
     def __init__(self, app: str) -> None:

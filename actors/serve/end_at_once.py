@@ -10,9 +10,10 @@ from contextlib import ExitStack
 import ray
 
 from ...cluster.spec.spec import Spec
-from ..runtime.durable_state import forget_all
 from ..runtime.embedded_ray import kill_embedded
+from ..runtime.placement_groups import release
 from ..runtime.ray_border import kill_named, namespace_of
+from ..store.durable_state import forget_all
 from .serve_border import leave_serve
 
 # Namespaces in which this process started something, or was about to. Clusters of other owners may
@@ -41,5 +42,6 @@ def end_at_once(spec: Spec) -> None:
     with ExitStack() as last_first:
         last_first.callback(is_over, namespace)
         last_first.callback(forget_all, namespace)
-        last_first.callback(leave_serve, spec, patience_s=0.0)
+        last_first.callback(release, namespace)
+        last_first.callback(leave_serve, spec.name, patience_s=0.0)
         last_first.callback(kill_named, namespace)

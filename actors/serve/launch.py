@@ -1,132 +1,72 @@
-"""Start and end a cluster on Ray: hosts, controller, trunks, ingress.
+"""Start a cluster on Ray: controller, hosts, trunks, ingress and router service.
 
-This is the one place that turns a spec into Ray actors. The process that calls `launch` owns them:
-they end with it, even when it is killed.
+They belong to no process: the one that calls `launch` may go, and `ending.end_cluster` ends them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
-from ray.util import placement_group, remove_placement_group
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...cluster.placement import ModelRef, ModelShape
-from ...cluster.scaling.fleet import Fleet
-from ...cluster.spec.spec import HostGroup, ModelSpec, Spec
+from ...cluster.spec.deployment import Deployment
+from ...cluster.spec.spec import ModelSpec, Spec
 from ...models.source import resolve_model
 from ...proto.errors import ClusterError, MoesaicError, describe_error
 from ..controller.controller import Controller
-from ..controller.host_provisioner import HostProvisioner, HostStarter
 from ..preflight.check_updates import update_path
 from ..preflight.findings import raise_errors
 from ..preflight.preflight import Preflight, bounds_of, preflight, shape_of
 from ..router_service.service_actor import service_address, start_router_service
-from ..runtime.cluster_secret import make_secret
-from ..runtime.durable_state import forget_all, forget_last
+from ..runtime.embedded_ray import EmbeddedRay
 from ..runtime.log_settings import log_runtime_env, log_settings
-from ..runtime.ray_border import (
-    CONTROLLER,
-    end_ray,
-    namespace_of,
-    ray_ends_with_one,
-    ray_get,
-    start_ray,
-)
-from ..runtime.start_failures import describe_failures, log_of
+from ..runtime.placement_groups import reserve
+from ..runtime.ray_border import CONTROLLER, controller_of, namespace_of, ray_get, start_ray
+from ..store.cluster_secret import make_secret
+from ..store.durable_state import forget_last, store_deployment
+from ..store.start_failures import describe_failures, log_of
 from .deploy import deploy_endpoint, wait_endpoint
-from .draining import drain
-from .end_at_once import begins, is_over
-from .serve_border import LEAVE_S, app_name, find_address, find_monitoring, leave_serve
+from .end_at_once import begins
+from .ending import end_cluster, end_own_ray
+from .serve_border import find_address, find_monitoring
 
 log = logging.getLogger(__name__)
 
 # (step, how many are done, of how many)
 Progress = Callable[[str, int, int], None]
+LOOK_S = 0.1
 
 
 @dataclass(slots=True)
 class Launched:
-    """The actors and resources that `launch` started; `close` ends all of them."""
+    """A cluster that `launch` started; it belongs to no process, and `end_cluster` ends it."""
 
-    spec: Spec
     namespace: str
-    models: dict[str, ModelRef]
-    controller: Any = None
-    hosts: dict[str, Any] = field(default_factory=dict)  # until the keeper takes them over
-    provisioner: HostProvisioner | None = None
-    groups: list[PlacementGroup] = field(default_factory=list)
-    begun: bool = False  # this cluster owns the namespace of its name
-    serves: bool = False  # some of its deployments may be on Serve
+    ray: EmbeddedRay | None  # None: it is not Moesaic's own
     url: str | None = None
     monitoring: str | None = None  # the address of /status and /metrics
     router: str | None = None  # host:port of the router service
-    router_service: Any = None
-    owns_ray: bool = False
-
-    def close(self, drain_s: float | None = None, told: Callable[[str], None] = log.info) -> None:
-        """End all actors and release all resources, even when ending one fails or is interrupted.
-
-        With ``drain_s`` new requests are refused first, and running ones have that many
-        seconds to finish; ``told`` receives the progress line by line.
-        """
-        log.info("cluster %s ends", self.spec.name)
-        # A Ray of the cluster's own takes trunks and ingress along when it ends.
-        leaves_serve = self.serves and not (self.owns_ray and ray_ends_with_one())
-        with contextlib.ExitStack() as last_first:
-            if self.begun:
-                last_first.callback(is_over, self.namespace)
-            if self.owns_ray:
-                last_first.callback(end_ray)
-            for group in self.groups:
-                last_first.callback(remove_placement_group, group)
-            if self.begun:
-                last_first.callback(forget_all, self.namespace)
-            if self.provisioner is not None:
-                last_first.callback(self.provisioner.close)
-            for host in self.hosts.values():
-                last_first.callback(ray.kill, host, no_restart=True)
-            if self.controller is not None:
-                last_first.callback(ray.kill, self.controller, no_restart=True)
-            if self.router_service is not None:
-                last_first.callback(ray.kill, self.router_service, no_restart=True)
-            if leaves_serve:
-                # What has never answered has nothing to finish.
-                patience_s = 0.0 if self.url is None else LEAVE_S
-                last_first.callback(leave_serve, self.spec, patience_s=patience_s)
-            if drain_s is not None:
-                drain(
-                    drain_s=drain_s,
-                    app=app_name(self.spec) if self.serves else None,
-                    router_service=self.router_service,
-                    told=told,
-                )
 
 
 def launch(
     spec: Spec,
     progress: Progress,
     warn: Callable[[str], None] = log.warning,
-    on_ray: Callable[[], None] = lambda: None,
+    on_ray: Callable[[EmbeddedRay | None], None] = lambda _: None,
     router_key: str | None = None,
 ) -> Launched:
     """Start everything in ``spec`` and wait until it answers.
 
-    ``warn`` receives findings that are odd but harmless. ``on_ray`` is called as soon as this
-    process is connected to Ray. ``router_key`` opens the router service; None makes a new key.
+    ``warn`` receives findings that are odd but harmless. ``on_ray`` is called when this process
+    is connected to Ray and before anything starts there, with the Ray if it is Moesaic's own.
+    ``router_key`` opens the router service; None makes a new key.
 
     Raises SpecError, CheckpointError, UnsupportedModel and ClusterError, after ending what had
     started.
@@ -151,34 +91,31 @@ def launch(
         log.warning(why)
         progress("starting Ray once more", 0, 1)
 
-    owns_ray = start_ray(spec, tried_again)
+    own_ray = start_ray(spec, tried_again)
     progress("starting Ray", 1, 1)
-    launched = Launched(
-        spec=spec, namespace=namespace_of(spec.name), models=refs, owns_ray=owns_ray
-    )
+    namespace = namespace_of(spec.name)
+    launched = Launched(namespace, own_ray, router=service_address(spec))
+    begun = False  # the namespace is this cluster's
     try:
-        on_ray()
         check_name(spec)
+        on_ray(own_ray)
         if spec.endpoint is not None and refs:
             find_address(spec)
             find_monitoring(spec)
-        begins(launched.namespace)
-        launched.begun = True
-        forget_last(launched.namespace)
-        make_secret(launched.namespace, router_key)
-        _start_actors(launched, shapes)
+        begins(namespace)
+        begun = True
+        forget_last(namespace)
+        make_secret(namespace, router_key)
+        _start(spec, launched, [(refs[name], shapes[name]) for name in refs])
         deployed = None
         if spec.endpoint is not None and refs:
-            launched.serves = True
             deployed = deploy_endpoint(
                 spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
             )
-        _wait_loaded(launched, progress)
+        _wait_loaded(spec, namespace, progress)
         if launched.router is not None:
             progress("starting the router service", 0, 1)
-            launched.router_service = start_router_service(
-                spec, launched.namespace, launched.router
-            )
+            start_router_service(spec, namespace, launched.router)
             progress("starting the router service", 1, 1)
         if deployed is not None:
             progress("starting the endpoint", 0, 1)
@@ -196,14 +133,17 @@ def launch(
     except BaseException as error:
         told = ""
         try:
-            if launched.begun:
-                # `close` deletes these records, so they are read first.
-                told = describe_failures(launched.namespace)
+            if begun:
+                # The cluster's end deletes these records, so they are read first.
+                told = describe_failures(namespace)
         except Exception:
             # Logged only, whatever it is: the first error is the cause.
             log.exception("cannot read which part of the cluster failed")
         try:
-            launched.close()
+            if begun:
+                end_cluster(spec.name, own_ray)
+            elif own_ray is not None:
+                end_own_ray(own_ray, namespace)
         except Exception:
             # Logged only: the caller gets the first error, which is the cause.
             log.exception("could not end everything that had started")
@@ -255,105 +195,76 @@ def check_name(spec: Spec) -> None:
         )
 
 
-def _start_actors(launched: Launched, shapes: Mapping[str, ModelShape]) -> None:
-    """Start hosts and controller; if one fails, ``launched`` has what had started."""
-    spec, namespace, refs = launched.spec, launched.namespace, launched.models
-    strategies = [
-        strategy
-        for group in spec.hosts
-        for strategy in _strategies(group, launched.groups, spec.timeouts.start_s)
-    ]
-    fleet = [group.fleet for group in spec.hosts]
-    first = Fleet(fleet, spec.autoscale.policy, pending_s=spec.autoscale.pending_s)
-    starter = HostStarter(spec, namespace, _host_threads(spec))
-    for (name, group), strategy in zip(first.desired().items(), strategies, strict=True):
-        launched.hosts[name] = starter.start(name, group, strategy)
-    launched.router = router = service_address(spec)
-    launched.controller = (
+def _start(spec: Spec, launched: Launched, models: list[tuple[ModelRef, ModelShape]]) -> None:
+    """Reserve what hosts need, store what the cluster is to be, and start its controller."""
+    namespace = launched.namespace
+    for number, group in enumerate(spec.hosts):
+        reserve(namespace, number, group, spec.timeouts.start_s)
+    store_deployment(namespace, Deployment(spec=spec, models=models, router=launched.router))
+    (
         ray.remote(Controller)
         .options(
             name=CONTROLLER,
             namespace=namespace,
+            lifetime="detached",
             max_restarts=-1,
             num_cpus=0,
             **log_runtime_env(),
-            # On the owner's node, so that losing a node of hosts does not end the controller.
+            # On this node, so that losing a node of hosts does not end the controller.
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=True
             ),
         )
-        .remote(
-            namespace,
-            fleet,
-            [(refs[name], shapes[name]) for name in refs],
-            spec.balance.policy,
-            spec.autoscale,
-            None if router is None else (router, spec.timeouts.start_s),
-        )
+        .remote(namespace)
     )
-    launched.provisioner = HostProvisioner(starter, launched.controller, launched.hosts)
-    launched.hosts = {}
 
 
-def _strategies(group: HostGroup, groups: list[PlacementGroup], start_s: float) -> list[Any]:
-    """Return one scheduling strategy per host of a group.
-
-    Appends the placement group, where one is made, to ``groups``.
-    """
-    if group.placement_group == "none":
-        return [None] * group.count
-    bundle = {"CPU": group.num_cpus, "GPU": group.num_gpus, **group.resources}
-    bundle = {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
-    made = placement_group(
-        [dict(bundle) for _ in range(group.count)], strategy=group.placement_group
-    )
-    groups.append(made)
-    try:
-        ray.get(made.ready(), timeout=start_s)
-    except GetTimeoutError:
-        raise ClusterError(
-            f"hosts: Ray could not reserve {group.count} x {bundle} ({group.placement_group}) "
-            f"within {start_s:g} s (timeouts.start_s); Ray has {ray.cluster_resources()} in all: "
-            "lower hosts.count or the group's resources, or add machines"
-        ) from None
-    return [PlacementGroupSchedulingStrategy(made, index) for index in range(group.count)]
-
-
-def _host_threads(spec: Spec) -> int:
-    """Return each host's share of a node's cores, if hosts are spread evenly."""
-    nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-    per_node = math.ceil(spec.num_hosts / nodes)
-    return max(1, (os.cpu_count() or 1) // per_node)
-
-
-def _wait_loaded(launched: Launched, progress: Progress) -> None:
-    deadline = time.monotonic() + launched.spec.timeouts.start_s
-    keeper = launched.provisioner
-    assert keeper is not None
-    hosts = dict(keeper.hosts)
-    asked = {host.entry.remote(): name for name, host in hosts.items()}
-    while asked:
-        progress("starting hosts", len(hosts) - len(asked), len(hosts))
-        # A host that fails is reported at once, even while others still wait for a machine.
-        ready, rest = ray.wait(list(asked), timeout=max(0.1, deadline - time.monotonic()))
-        if not ready:
-            raise ClusterError(
-                f"timeouts.start_s: {', '.join(asked[ref] for ref in rest)} did not start within "
-                f"{launched.spec.timeouts.start_s:g} s; Ray has {ray.available_resources()} left: "
-                "ask for fewer hosts or resources, add machines, or raise timeouts.start_s"
-            )
-        ray_get(ready[0], 1.0, f"{asked.pop(ready[0])}: start")
-    progress("starting hosts", len(hosts), len(hosts))
-    while launched.models:
-        held, wanted, error = ray_get(launched.controller.progress.remote(), 10.0, "the controller")
+def _wait_loaded(spec: Spec, namespace: str, progress: Progress) -> None:
+    """Wait until all hosts are up and hold their experts. Raises ClusterError."""
+    start_s = spec.timeouts.start_s
+    deadline = time.monotonic() + start_s
+    controller = controller_of(namespace)
+    desired = ray_get(controller.desired.remote(), start_s, "the controller: start")
+    _wait_hosts(namespace, desired, start_s, deadline, progress)
+    while spec.models:
+        held, wanted, error = ray_get(controller.progress.remote(), 10.0, "the controller")
         progress("loading experts", held, wanted)
         if error:
-            raise ClusterError(f"loading experts: {error}; {log_of('host', launched.spec.name)}")
+            raise ClusterError(f"loading experts: {error}; {log_of('host', spec.name)}")
         if held >= wanted > 0:
             return
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"timeouts.start_s: after {launched.spec.timeouts.start_s:g} s {held} of {wanted} "
-                "replicas of experts were loaded; raise timeouts.start_s if loading takes longer"
+                f"timeouts.start_s: after {start_s:g} s {held} of {wanted} replicas of experts "
+                "were loaded; raise timeouts.start_s if loading takes longer"
             )
-        time.sleep(0.1)
+        time.sleep(LOOK_S)
+
+
+def _wait_hosts(
+    namespace: str, names: Collection[str], start_s: float, deadline: float, progress: Progress
+) -> None:
+    absent = set(names)  # the controller has not asked Ray for them yet
+    starting: dict[Any, str] = {}
+    while absent or starting:
+        progress("starting hosts", len(names) - len(absent) - len(starting), len(names))
+        for name in sorted(absent):
+            with contextlib.suppress(ValueError):
+                starting[ray.get_actor(name, namespace=namespace).entry.remote()] = name
+        absent -= set(starting.values())
+        # A host that fails is reported at once, even while others still wait for a machine.
+        ready, _ = ray.wait(list(starting), timeout=LOOK_S) if starting else ([], [])
+        for ref in ready:
+            ray_get(ref, 1.0, f"{starting.pop(ref)}: start")
+        if ready:
+            continue
+        if time.monotonic() > deadline:
+            late = sorted([*absent, *starting.values()])
+            raise ClusterError(
+                f"timeouts.start_s: {', '.join(late)} did not start within {start_s:g} s; Ray has "
+                f"{ray.available_resources()} left: ask for fewer hosts or resources, add "
+                "machines, or raise timeouts.start_s"
+            )
+        if absent:
+            time.sleep(LOOK_S)
+    progress("starting hosts", len(names), len(names))

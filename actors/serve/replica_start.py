@@ -13,7 +13,7 @@ from ray.serve.exceptions import RayServeException
 from ..runtime.garbage import starting_without_collections
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of
-from ..runtime.start_failures import recording_failure
+from ..store.start_failures import recording_failure
 from .replica_port import stay_on_node
 
 log = logging.getLogger(__name__)

@@ -92,6 +92,12 @@ def app_name(spec: Spec) -> str:
     return namespace_of(spec.name)
 
 
+def serves(cluster: str) -> bool:
+    """Return whether the cluster has an application on Serve."""
+    running = find_serve()
+    return running is not None and namespace_of(cluster) in running.routes
+
+
 def find_address(spec: Spec) -> ServeAddress:
     """Return where the endpoint can be on the Ray that this process is connected to.
 
@@ -148,7 +154,7 @@ def start_serve(place: ServeAddress, name: str) -> None:
     _internal_kv_put(_STARTED_BY, name, overwrite=True, namespace=_STORE)
 
 
-def leave_serve(spec: Spec, *, patience_s: float = LEAVE_S) -> None:
+def leave_serve(cluster: str, *, patience_s: float = LEAVE_S) -> None:
     """End the cluster's application, and Serve itself where nothing needs it any more.
 
     Serve ends if it has no other application and was started by this cluster, or by one that is
@@ -157,9 +163,9 @@ def leave_serve(spec: Spec, *, patience_s: float = LEAVE_S) -> None:
     running = find_serve()
     if running is None:
         return
-    if app_name(spec) in running.routes:
-        _end_app(app_name(spec), patience_s)
-    _end_idle_serve(leaving=spec.name)
+    if namespace_of(cluster) in running.routes:
+        _end_app(namespace_of(cluster), patience_s)
+    _end_idle_serve(leaving=cluster)
 
 
 def _end_app(app: str, patience_s: float = LEAVE_S) -> None:
@@ -361,7 +367,7 @@ def _end_orphans() -> None:
         return
     for app in running.routes:
         if cluster_of(app) != app and not _has_controller(app):
-            log.warning("the owner of cluster %s died; ending its applications", cluster_of(app))
+            log.warning("cluster %s has no controller; ending its applications", cluster_of(app))
             _end_app(app)
     _end_idle_serve()
 

@@ -1,7 +1,7 @@
 """A simulated controller process around the real `Control` and planner.
 
 It takes the place of the shells `actors/controller/controller.py` and
-`actors/runtime/durable_state.py`.
+`actors/store/durable_state.py`.
 """
 
 from __future__ import annotations

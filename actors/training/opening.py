@@ -20,8 +20,8 @@ from ...models.training.trunk_blocks import trunk_blocks
 from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes, shared_shapes
 from ...proto.wire import wide
 from ..router.router import Router
-from ..runtime.cluster_secret import secret_of
 from ..runtime.ray_border import controller_of, ray_get
+from ..store.cluster_secret import secret_of
 from ..transport.bulk.links import BulkLinks
 from .ray_pool import RayTrainingPool
 from .run import LearningTrunk, PoolRun

@@ -27,8 +27,8 @@ from ...proto.keys import ClusterSecret
 from ...proto.wire import DTYPE_TO_WIRE
 from ..engine.trunk_config import TrunkConfig
 from ..host.weight_grants import Granted
-from ..runtime.cluster_secret import secret_of
 from ..runtime.ray_border import controller_of, ray_get
+from ..store.cluster_secret import secret_of
 from ..transport.grpc.weights import put_weights
 from .trunk import PoolTrunk
 

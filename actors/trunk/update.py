@@ -29,8 +29,8 @@ from ...proto.errors import (
 )
 from ...proto.keys import ClusterSecret
 from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert
-from ..runtime.cluster_secret import secret_of
 from ..runtime.ray_border import controller_of, ray_get
+from ..store.cluster_secret import secret_of
 from ..transport.grpc.weights import get_weights, put_weights
 from .attach import PUT_TIMEOUT_S
 

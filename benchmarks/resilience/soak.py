@@ -31,6 +31,7 @@ from rich.table import Table
 import moesaic
 from benchmarks.measure import write_json
 from benchmarks.streams import prompts_of
+from moesaic.actors.runtime.embedded_ray import started_processes
 from moesaic.models.upcycling.demo import demo_model
 
 NEW_TOKENS = 16
@@ -131,7 +132,7 @@ def body(prompt: list[int]) -> dict[str, Any]:
 def resources() -> dict[str, dict[str, int]]:
     """Of each process of the cluster: descriptors, threads, bytes."""
     found = {}
-    for process in psutil.Process().children(recursive=True):
+    for process in started_processes():
         try:
             name = f"{process.pid} {(process.cmdline() or ['?'])[0].split('/')[-1][:40]}"
             found[name] = {

@@ -30,6 +30,7 @@ from rich.table import Table
 import moesaic
 from benchmarks.measure import write_json
 from benchmarks.streams import prompts_of
+from moesaic.actors.runtime.embedded_ray import started_processes
 from moesaic.models.upcycling.demo import demo_model
 
 TRUNKS = (1, 3)
@@ -101,9 +102,9 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 def processes() -> list[psutil.Process]:
-    """Return those of the cluster of this process. Memory keepers are no children of it."""
+    """Return those of the cluster of this process. Memory keepers belong to no Ray."""
     keepers = [one for one in psutil.process_iter() if kind_of(one) == "memory keeper"]
-    return [*psutil.Process().children(recursive=True), *keepers]
+    return [*started_processes(), *keepers]
 
 
 def footprints(seconds: float) -> dict[str, Footprint]:

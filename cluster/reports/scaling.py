@@ -82,7 +82,8 @@ class ScalingStatus(Report):
     """Why the autoscaler does nothing although it would, in words."""
     problem: str | None
     """What keeps hosts from starting, in words."""
-    owner_age_s: float
-    """Time since the cluster's owner last asked which hosts to run."""
+    provisioner_age_s: float
+    """Time since the controller's thread that starts and ends hosts last asked which there should
+    be."""
     recent: list[ScalingReport]
     """The last scalings, the newest at the end."""

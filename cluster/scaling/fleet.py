@@ -1,6 +1,6 @@
 """The named hosts of a pool: which ones operators and the autoscaler want, and which are there.
 
-`Fleet` only decides. The cluster's owner asks for `desired`, and starts and ends hosts accordingly.
+`Fleet` only decides. A provisioner asks for `desired`, and starts and ends hosts accordingly.
 A host that leaves stays desired until it is drained and no router knows it. If a group grows again,
 hosts that are leaving are taken back before new ones are named. A new name has a number that was
 never used before.
@@ -20,6 +20,8 @@ from .scale_events import ScaleEvent, ScaleHistory
 if TYPE_CHECKING:
     from ..control.control import Control
 
+# A regular expression for the name of a host.
+HOST_NAME = r"host-\d+"
 _SHOWN = 10
 
 
@@ -147,9 +149,9 @@ class Fleet:
         return list(self._retired)
 
     def report(
-        self, control: Control, now: float, *, owner_age_s: float, problem: str | None
+        self, control: Control, now: float, *, provisioner_age_s: float, problem: str | None
     ) -> ScalingStatus:
-        """Return the status; ``problem`` is what keeps the owner from starting hosts."""
+        """Return the status; ``problem`` is what keeps hosts from starting."""
         load = self.autoscaler.load
         return ScalingStatus(
             groups=[
@@ -166,7 +168,7 @@ class Fleet:
             leaving_hosts=list(self._retired),
             pause_reason=self.autoscaler.held or None,
             problem=problem,
-            owner_age_s=round(owner_age_s, 1),
+            provisioner_age_s=round(provisioner_age_s, 1),
             recent=[self.scaling_report(one, control, now) for one in self.scalings.all[-_SHOWN:]],
         )
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import getpass
 import logging
 import os
 import secrets
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from pathlib import Path
 from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from .controller_client import ControllerClient
 from .logs import LogKind, LogLine, read_logs
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from .actors.serve.launch import Launched, Progress
+    from .actors.serve.launch import Progress
     from .actors.training.run import PoolRun
     from .actors.trunk.trunk import PoolTrunk
     from .cluster.load.trace import Trace
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DOWN_TIMEOUT_S = 60.0
 # For a question that the controller answers from what it knows.
 ASK_S = 10.0
 
@@ -55,22 +53,24 @@ def quiet(step: str, done: int, total: int) -> None:
 
 
 def connect(name: str = "local") -> Cluster:
-    """Return a handle to a cluster that another process of this user owns on this machine.
+    """Return a handle to a cluster that a process of this user has started on this machine.
 
     Raises ClusterError.
     """
-    session = need_session(name)
-    if session.embedded:
-        stay_on_loopback()
-    return Cluster(session, None)
+    return Cluster(need_session(name))
 
 
 class Cluster:
     """A running cluster; made by `moesaic.up` and `connect`."""
 
-    def __init__(self, session: ClusterSession, launched: Launched | None) -> None:
+    def __init__(self, session: ClusterSession, *, ends_with_program: bool = False) -> None:
+        if session.embedded:
+            stay_on_loopback()
         self._session = session
-        self._launched = launched
+        self._ended = False
+        self._pid = os.getpid()
+        if ends_with_program:
+            atexit.register(self._end_with_program)
         self._trunks: list[PoolTrunk] = []
         self._runs: list[PoolRun] = []
         self._controller = ControllerClient(self._join)
@@ -392,41 +392,53 @@ class Cluster:
         """Seconds for running answers when the cluster ends: `endpoint.drain_s`."""
         return self._session.drain_s
 
-    def down(
-        self, timeout_s: float | None = None, *, told: Callable[[str], None] = log.info
-    ) -> None:
-        """End the cluster; a process that does not own the cluster asks its owner, and waits.
+    def detach(self) -> None:
+        """Let the cluster run on when this program ends; `moesaic down` ends it."""
+        atexit.unregister(self._end_with_program)
 
-        New requests are refused at once. Running ones have `drain_s` seconds; in the owner's
-        process ``told`` gets lines about them. ``timeout_s`` is how long another process waits
-        (default: `drain_s` plus 60 s) before it raises ClusterError; the owner goes on ending the
-        cluster. A step that fails or is interrupted does not keep the other steps from being taken.
+    def down(self, drain_s: float | None = None, *, told: Callable[[str], None] = log.info) -> None:
+        """End the cluster, from whatever process.
+
+        New requests are refused at once. Running ones have ``drain_s`` seconds (default: `drain_s`
+        of this handle); ``told`` gets lines about them. A step that fails or is interrupted does
+        not keep the other steps from being taken; a second call finishes what is left.
         """
-        launched, self._launched = self._launched, None
+        self._close(self.drain_s if drain_s is None else drain_s, told)
+
+    def _close(self, drain_s: float | None, told: Callable[[str], None]) -> None:
         with ExitStack() as last_first:
-            if launched is not None:
-                last_first.callback(remove_session, self.name)
-                last_first.callback(launched.close, self.drain_s, told)
+            last_first.callback(self.detach)
+            last_first.callback(remove_session, self._session)
+            last_first.callback(self._end, drain_s, told)
             for part in (*self._trunks, *self._runs):
                 last_first.callback(part.close)
             self._trunks.clear()
             self._runs.clear()
-        if launched is not None:
+
+    def _end(self, drain_s: float | None, told: Callable[[str], None]) -> None:
+        if self._ended or not self._session.alive:
             return
-        if timeout_s is None:
-            timeout_s = self.drain_s + DOWN_TIMEOUT_S
-        if self._session.alive and self._session.pid != os.getpid():
-            self._session.end_owner()
-            deadline = time.monotonic() + timeout_s
-            while self._session.alive:
-                if time.monotonic() > deadline:
-                    raise ClusterError(
-                        f"process {self._session.pid} did not end cluster {self.name!r} within "
-                        f"{timeout_s:g} s, and is still ending it; wait, or send the process "
-                        "SIGTERM once more to end it at once"
-                    )
-                with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                    psutil.Process(self._session.pid).wait(0.5)
+        from .actors.runtime.embedded_ray import EmbeddedRay, end_embedded
+        from .actors.serve.ending import end_cluster
+
+        session, own_ray = self._session, None
+        if session.ray_folder is not None:
+            own_ray = EmbeddedRay(session.ray_address, Path(session.ray_folder))
+        try:
+            self._join()
+        except ClusterError as error:
+            if own_ray is None:
+                raise
+            # Its GCS is gone, and with it the only way to ask anybody.
+            log.warning("cluster %s is ended with its Ray: %s", self.name, error)
+            end_embedded(own_ray.folder)
+        else:
+            end_cluster(self.name, own_ray, drain_s if session.ready else None, told)
+        self._ended = True
+
+    def _end_with_program(self) -> None:
+        if os.getpid() == self._pid:  # a forked process has the handle, too
+            self._close(None, log.info)
 
     def __enter__(self) -> Cluster:
         return self
@@ -459,9 +471,12 @@ class Cluster:
 
     def _trunk_config(self, namespace: str, ref: Any) -> Any:
         from .actors.engine.trunk_config import TrunkConfig
-        from .cluster.spec.spec import Spec
+        from .actors.store.durable_state import stored_deployment
 
-        spec = self._launched.spec if self._launched is not None else Spec(name=self.name)
+        deployment = stored_deployment(namespace)
+        if deployment is None:
+            raise ClusterError(f"cluster {self.name!r} has ended")
+        spec = deployment.spec
         return TrunkConfig(
             namespace=namespace,
             model=ref,

@@ -15,11 +15,10 @@ from typing import Literal, get_args
 
 from .actors.runtime.log_lines import is_log_line
 from .actors.runtime.process_labels import announced
-from .private_files import is_own
 from .proto.errors import ClusterError, RequestError
-from .session import ClusterSession, owner_log
+from .session import ClusterSession
 
-LogKind = Literal["owner", "controller", "ingress", "router", "trunk", "host"]
+LogKind = Literal["controller", "ingress", "router", "trunk", "host"]
 KINDS: tuple[LogKind, ...] = get_args(LogKind)
 
 LOOK_S = 0.25
@@ -36,7 +35,7 @@ _WORKER = re.compile(r"worker-(?P<worker>\w+)-\w+-(?P<pid>\d+)\.out")
 class LogLine:
     """One line that one process printed."""
 
-    kind: str  # owner (the process of `moesaic up -d`), controller, ingress, router, trunk, host
+    kind: str  # controller, ingress, router, trunk, host
     name: str  # of the host, or the trunk's model
     pid: int
     stream: str  # stdout or stderr
@@ -128,9 +127,6 @@ def _files(
         for path, stream in ((out, "stdout"), (out.with_suffix(".err"), "stderr")):
             if path.exists():
                 found.append(_File(path, process.kind, process.name, int(named["pid"]), stream))
-    own = owner_log(session.name)
-    if "owner" in kinds and is_own(own):
-        found.append(_File(own, "owner", session.name, session.pid, "stderr"))
     return sorted(found, key=lambda one: (KINDS.index(one.kind), one.name, one.pid, one.path))
 
 

@@ -1,8 +1,8 @@
-"""Session files, which tell other processes of a user who owns a cluster and how to reach it.
+"""Session files, which tell the processes of a user how to reach a cluster on this machine.
 
 There is one small file for each cluster, private to its user (`private_files`), and removed when
-the cluster ends. A reader connects to the addresses in it, shows Ray's token there and may signal
-the owner, so it checks the values first.
+the cluster ends. A reader connects to the addresses in it, shows Ray's token there and may end the
+processes of its Ray, so it checks the values first.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import logging
 import math
 import os
 import re
-import signal
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,20 +28,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_REACH_S = 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSession:
-    """A running cluster as its owner described it.
+    """A running cluster as the process that started it described it.
 
     Reading a file checks that its values have these types, and the forms of `_FORMS`.
     """
 
     name: str
-    pid: int
-    started: float  # of the owning process, to tell it from a later one with the same pid
+    pid: int  # of the process that started it, which may have ended
+    started: float  # of that process, to tell it from a later one with the same pid
     ray_address: str
-    embedded: bool  # Ray belongs to the cluster, and stays on loopback
-    url: str | None
+    ray_folder: str | None = None  # of a Ray of Moesaic's own, which stays on loopback
+    ready: bool = True  # False: it is starting, or its start was cut off
+    url: str | None = None
     monitoring: str | None = None  # the address of the endpoint's /status and /metrics
     ray_token: str | None = field(default=None, repr=False)  # of an embedded Ray
     ray_insecure: bool = False  # the spec allows a Ray that asks for no token
@@ -51,34 +54,56 @@ class ClusterSession:
     drain_s: float = 0.0  # seconds for running answers when the cluster ends
 
     @property
-    def alive(self) -> bool:
-        return self._owner() is not None
+    def embedded(self) -> bool:
+        """Whether Ray is Moesaic's own."""
+        return self.ray_folder is not None
 
-    def end_owner(self) -> None:
-        """Let the owner end the cluster (SIGTERM), if it still runs."""
+    @property
+    def alive(self) -> bool:
+        """Whether its Ray runs: a raylet of Moesaic's own, or else something at Ray's address."""
+        if self.embedded:
+            return self.raylet() is not None
+        host, _, port = self.ray_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+        except OSError:
+            return False
+        return True
+
+    @property
+    def starts(self) -> bool:
+        """Whether the process that started it is still starting it."""
         import psutil
 
-        owner = self._owner()
-        if owner is not None:
-            try:
-                # psutil checks again that the pid still belongs to this process.
-                owner.send_signal(signal.SIGTERM)
-            except psutil.NoSuchProcess:
-                return
-
-    def _owner(self) -> psutil.Process | None:
-        """Return the process that started the cluster: one with its pid, start and user."""
-        import psutil  # a client of a router service elsewhere need not have it
-
+        if self.ready:
+            return False
         try:
             process = psutil.Process(self.pid)
-            own = process.uids().real == os.getuid()
-            # A zombie has ended, and owns nothing.
-            ended = process.status() == psutil.STATUS_ZOMBIE
-            same = own and process.create_time() == self.started and not ended
+            return process.create_time() == self.started and is_alive(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
-            return None
-        return process if same else None
+            return False
+
+    def raylet(self) -> psutil.Process | None:
+        """Return the raylet of Moesaic's own Ray, if it runs."""
+        import psutil  # a client of a router service elsewhere need not have it
+
+        session = Path(self.ray_folder or "").name
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                own = process.name() == "raylet" and process.uids().real == os.getuid()
+                if own and session in " ".join(process.cmdline()) and is_alive(process):
+                    return process
+        return None
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process runs. A zombie has ended."""
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # ---- what a file may say ------------------------------------------------------------------------
@@ -109,6 +134,11 @@ def _folder(value: str) -> bool:
     return Path(value).is_absolute() and "\0" not in value
 
 
+def _ray_folder(value: str) -> bool:
+    # Processes whose command lines have this name are ended with the cluster.
+    return _folder(value) and re.fullmatch(r"session_[\d_\-]+", Path(value).name) is not None
+
+
 _Form = tuple[Callable[[Any], bool], str]
 _FORMS: dict[str, _Form] = {
     "pid": (lambda pid: pid > 0, "the number of a process"),
@@ -121,6 +151,7 @@ _FORMS: dict[str, _Form] = {
     "router_key": (_secret, "a key"),
     "drain_s": (lambda seconds: math.isfinite(seconds) and seconds >= 0, "seconds"),
     "logs": (_folder, "the absolute path of a folder"),
+    "ray_folder": (_ray_folder, "the folder of a Ray"),
 }
 _TYPES = {"str": str, "int": int, "float": (float, int), "bool": bool, "None": type(None)}
 
@@ -169,50 +200,23 @@ def _file(name: str) -> Path:
     return session_dir() / f"{name}.json"
 
 
-def write_session(
-    *,
-    name: str,
-    ray_address: str,
-    embedded: bool,
-    url: str | None,
-    monitoring: str | None = None,
-    ray_token: str | None = None,
-    ray_insecure: bool = False,
-    router: str | None = None,
-    router_key: str | None = None,
-    logs: str | None = None,
-    drain_s: float = 0.0,
-) -> ClusterSession:
-    """Write the session file of the cluster that this process owns.
+def write_session(session: ClusterSession) -> None:
+    """Write a cluster's file. Raises ClusterError if other users could read or change it."""
+    write_private(_file(session.name), json.dumps(asdict(session)))
 
-    Raises ClusterError if other users of this machine could read or change it.
-    """
+
+def this_process() -> tuple[int, float]:
+    """Return this process's id, and when it began."""
     import psutil
 
-    session = ClusterSession(
-        name=name,
-        pid=os.getpid(),
-        started=psutil.Process().create_time(),
-        ray_address=ray_address,
-        embedded=embedded,
-        url=url,
-        monitoring=monitoring,
-        ray_token=ray_token,
-        ray_insecure=ray_insecure,
-        router=router,
-        router_key=router_key,
-        logs=logs,
-        drain_s=drain_s,
-    )
-    write_private(_file(name), json.dumps(asdict(session)))
-    return session
+    return os.getpid(), psutil.Process().create_time()
 
 
 def find_session(name: str) -> ClusterSession | None:
-    """Return the running cluster of that name, or None; a dead cluster's file is removed.
+    """Return the cluster of that name that runs, or starts, or whose start was cut off, or None.
 
-    Raises ClusterError if somebody else may have written the file, or if it is not of the form that
-    a cluster writes.
+    The file of a cluster whose own Ray has ended is removed. Raises ClusterError if somebody else
+    may have written the file, or if it is not of the form that a cluster writes.
     """
     file = _file(name)
     try:
@@ -224,10 +228,11 @@ def find_session(name: str) -> ClusterSession | None:
             f"{file}: {error}: this version of Moesaic does not write such a file; end what runs "
             "under that name with the version that started it, or remove the file"
         ) from None
-    if not session.alive:
+    if session.alive:
+        return session
+    if session.embedded:
         remove_private(file)
-        return None
-    return session
+    return None  # the GCS of a Ray that others started may come back
 
 
 def running_sessions() -> Iterator[ClusterSession]:
@@ -238,7 +243,7 @@ def running_sessions() -> Iterator[ClusterSession]:
         except ClusterError as error:
             log.warning("%s", error)
             continue
-        if session is not None:
+        if session is not None and session.ready:
             yield session
 
 
@@ -249,18 +254,35 @@ def need_session(name: str) -> ClusterSession:
         running = sorted(file.stem for file in session_dir().glob("*.json"))
         hint = f"choose one of: {', '.join(running)}" if running else "`moesaic up` starts one"
         raise ClusterError(f"no cluster {name!r} of this user is running on this machine; {hint}")
+    if session.starts:
+        raise ClusterError(f"cluster {name!r} is still starting (process {session.pid})")
+    if not session.ready:
+        raise ClusterError(
+            f"the start of cluster {name!r} was cut off; `moesaic down --name {name}` removes what "
+            "is left of it"
+        )
     return session
 
 
-def remove_session(name: str) -> None:
-    remove_private(_file(name))
+def remove_session(session: ClusterSession) -> None:
+    """Remove a cluster's file, unless it is of a later cluster of the same name."""
+    try:
+        found = _parsed(read_private(_file(session.name)), session.name)
+    except (FileNotFoundError, ValueError):
+        return
+    if (found.pid, found.started) == (session.pid, session.started):
+        remove_private(_file(session.name))
 
 
 def remove_own_session(name: str) -> None:
-    """Remove the session file if this process owns the cluster."""
-    session = find_session(name)
-    if session is not None and session.pid == os.getpid():
-        remove_session(name)
+    """Remove the session file if this process has started the cluster."""
+    pid, started = this_process()
+    remove_session(ClusterSession(name=name, pid=pid, started=started, ray_address=""))
+
+
+def is_noted(session: ClusterSession) -> bool:
+    """Return whether the cluster's file is still there."""
+    return _file(session.name).exists()
 
 
 def note_logs(name: str, folder: str) -> None:
@@ -270,11 +292,6 @@ def note_logs(name: str, folder: str) -> None:
 
 def _noted(name: str) -> Path:
     return _file(name).with_name(f"{name}.logs")
-
-
-def owner_log(name: str) -> Path:
-    """Return the file with the output of an owner that runs in the background."""
-    return _file(name).with_name(f"{name}.log")
 
 
 def logged_session(name: str) -> ClusterSession:
@@ -293,9 +310,7 @@ def logged_session(name: str) -> ClusterSession:
         raise ClusterError(
             f"{_noted(name)} does not hold the absolute path of a folder; remove this file"
         )
-    return ClusterSession(
-        name=name, pid=0, started=0.0, ray_address="", embedded=True, url=None, logs=folder
-    )
+    return ClusterSession(name=name, pid=0, started=0.0, ray_address="", logs=folder)
 
 
 # ---- what Ray must find in the environment of a process that starts it or joins it ---------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,18 @@ from .handle import Cluster, quiet
 from .proto.errors import ClusterError
 from .router_keys import take_key
 from .session import (
+    ClusterSession,
     find_session,
     note_logs,
     ray_token,
-    remove_session,
+    remove_own_session,
     stay_on_loopback,
+    this_process,
     write_session,
 )
 
 if TYPE_CHECKING:
+    from .actors.runtime.embedded_ray import EmbeddedRay
     from .actors.serve.launch import Progress
     from .cluster.spec.spec import Spec
 
@@ -44,48 +47,83 @@ def up(
     """Start a cluster from a spec, its values, or a YAML file, and wait until it answers.
 
     Before anything starts, the spec is checked (`check_spec`): errors are raised, other findings go
-    to ``warn``. The calling process owns the cluster, which ends with the process, with
-    `Cluster.down`, or with the `with` block. Raises SpecError, CheckpointError, UnsupportedModel
-    and ClusterError.
+    to ``warn``. The cluster ends with `Cluster.down`, with the `with` block, or when this program
+    ends; after `Cluster.detach`, or if this process is killed, it runs until `moesaic down`. Raises
+    SpecError, CheckpointError, UnsupportedModel and ClusterError.
     """
     # First of all: every process that starts later would inherit the key.
     router_key = take_key()
     wanted = _spec(spec)
-    if find_session(wanted.name) is not None:
-        raise ClusterError(
-            f"name: a cluster {wanted.name!r} is running; `moesaic down --name {wanted.name}` "
-            "ends it"
-        )
+    _check_name(wanted.name, warn)
     if wanted.ray.address == "local":
         stay_on_loopback()
-    from .actors.runtime.cluster_secret import router_key_of
     from .actors.runtime.ray_border import log_folder, ray_address
     from .actors.serve.launch import launch
+    from .actors.store.cluster_secret import router_key_of
 
-    launched = launch(
-        wanted,
-        progress or quiet,
-        warn,
-        lambda: note_logs(wanted.name, log_folder()),
-        router_key,
-    )
-    try:
-        session = write_session(
+    found: list[ClusterSession] = []
+
+    def on_ray(own_ray: EmbeddedRay | None) -> None:
+        """Note what there is to end, before anything starts."""
+        pid, started = this_process()
+        session = ClusterSession(
             name=wanted.name,
+            pid=pid,
+            started=started,
+            ready=False,
             ray_address=ray_address(),
-            embedded=launched.owns_ray,
-            url=launched.url,
-            monitoring=launched.monitoring,
-            ray_token=ray_token() if launched.owns_ray else None,
+            ray_folder=None if own_ray is None else str(own_ray.folder),
+            ray_token=None if own_ray is None else ray_token(),
             ray_insecure=wanted.ray.insecure,
-            router=launched.router,
-            router_key=None if launched.router is None else router_key_of(launched.namespace),
             logs=log_folder(),
             drain_s=wanted.drain_s,
         )
-        return Cluster(session, launched)
+        running = find_session(wanted.name)
+        if running is not None and running.ray_address != session.ray_address:
+            raise _running(running)
+        write_session(session)
+        note_logs(wanted.name, log_folder())
+        found.append(session)
+
+    try:
+        launched = launch(wanted, progress or quiet, warn, on_ray, router_key)
     except BaseException:
-        with ExitStack() as last_first:
-            last_first.callback(remove_session, wanted.name)
-            last_first.callback(launched.close)
+        remove_own_session(wanted.name)
         raise
+    session = replace(
+        found[0],
+        ready=True,
+        url=launched.url,
+        monitoring=launched.monitoring,
+        router=launched.router,
+        router_key=None if launched.router is None else router_key_of(launched.namespace),
+    )
+    cluster = Cluster(session, ends_with_program=True)
+    try:
+        write_session(session)
+    except BaseException:
+        cluster.down()
+        raise
+    return cluster
+
+
+def _check_name(name: str, warn: Callable[[str], None]) -> None:
+    """Raise ClusterError if a cluster of that name runs; end what a cut-off start left of one.
+
+    A cluster on a Ray that others started may have ended without its session file: the new one asks
+    that Ray.
+    """
+    session = find_session(name)
+    if session is None or (session.ready and not session.embedded):
+        return
+    if session.ready or session.starts:
+        raise _running(session)
+    warn(f"an earlier start of cluster {name!r} was cut off; what it left is ended")
+    Cluster(session).down()
+
+
+def _running(session: ClusterSession) -> ClusterError:
+    state = "starting" if session.starts else "running"
+    return ClusterError(
+        f"name: a cluster {session.name!r} is {state}; `moesaic down --name {session.name}` ends it"
+    )

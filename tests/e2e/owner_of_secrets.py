@@ -20,8 +20,8 @@ from ray.util import state as ray_state
 
 import moesaic
 from moesaic.actors.runtime import ray_border
-from moesaic.actors.runtime.cluster_secret import secret_of
 from moesaic.actors.runtime.ray_border import namespace_of, ray_get
+from moesaic.actors.store.cluster_secret import secret_of
 from moesaic.proto.errors import MoesaicError
 from moesaic.proto.keys import SECRET_BYTES, ClusterSecret, proof_hash
 from moesaic.session import need_session

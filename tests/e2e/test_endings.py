@@ -3,138 +3,42 @@ left."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-import yaml
 
 from moesaic import Client
 from moesaic.proto.errors import Ending
 from tests.helpers.endpoint.scripted import SLOW_S, SLOWLY
 from tests.helpers.paths import ROOT
-from tests.helpers.shared_memory import in_shared_memory, left_in_shared_memory
+from tests.helpers.processes import started
+from tests.helpers.processes.started import (
+    ENVIRONMENT,
+    nothing_is_left,
+    wait_until,
+)
 from tests.integration.conftest import save_model
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
-ENVIRONMENT = {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
+starting = partial(started.starting, program="tests.e2e.scripted_up")
+up = partial(started.up, program="tests.e2e.scripted_up")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), "mixtral")
-
-
-class Running:
-    """A cluster that another process owns."""
-
-    def __init__(self, process: subprocess.Popen[str], name: str, session: Path, log: Path) -> None:
-        self.process, self.name, self.log = process, name, log
-        self.session = session
-        self.owned: set[psutil.Process] = set()
-
-    @property
-    def url(self) -> str:
-        return json.loads(self.session.read_text())["url"]
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def look(self) -> None:
-        """Note what belongs to it now: Ray's workers are nobody's children when Ray has ended."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.owned |= set(psutil.Process(self.process.pid).children(recursive=True))
-
-    def left(self) -> list[str]:
-        return [
-            f"{one.pid} {' '.join(one.cmdline())[:60]}"
-            for one in self.owned
-            if one.is_running() and one.status() != psutil.STATUS_ZOMBIE
-        ]
-
-
-@contextmanager
-def starting(
-    folder: Path, tmp_path: Path, *, drain_s: float = 60.0, **spec: Any
-) -> Iterator[Running]:
-    """`moesaic up` as it begins to start."""
-    name = f"end{os.getpid()}"
-    file, log = tmp_path / "spec.yaml", tmp_path / "log"
-    values = {
-        "name": name,
-        "models": [{"name": "m", "path": str(folder)}],
-        "hosts": [{"count": 1, "threads": 1}],
-        "trunk": {"cache_tokens": 1024, "threads": 1},
-        "endpoint": {"port": 0, "drain_s": drain_s},
-        "monitoring": {"port": 0},
-        **spec,
-    }
-    file.write_text(yaml.safe_dump(values))
-    in_ram = in_shared_memory()
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.e2e.scripted_up", "up", str(file)),
-                *("--progress-fd", str(sink.fileno())),  # so that every step is said at once
-            ],
-            pass_fds=[sink.fileno()],
-            cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT, "MOESAIC_CACHE": str(tmp_path / "cache")},
-            stdout=sink,
-            stderr=sink,
-            text=True,
-            start_new_session=True,
-        )
-        running = Running(process, name, tmp_path / "cache" / "run" / f"{name}.json", log)
-        try:
-            yield running
-        finally:
-            running.look()
-            process.kill()
-            process.wait(30)
-            for one in running.owned:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-    assert left_in_shared_memory(in_ram) == set()
-
-
-@contextmanager
-def up(folder: Path, tmp_path: Path, **spec: Any) -> Iterator[Running]:
-    with starting(folder, tmp_path, **spec) as running:
-        wait_until(lambda: running.session.exists(), running, 120)
-        wait_until(lambda: "is up" in running.said, running, 10)
-        running.look()
-        yield running
-
-
-def wait_until(true: Any, running: Running, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, running.said
-        assert running.process.poll() is None or true(), running.said
-        time.sleep(0.02)
-
-
-def nothing_is_left(running: Running, *, within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while running.left() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert running.left() == []
-    assert not running.session.exists()
 
 
 def asked(tokens: int, **more: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from google.protobuf.text_encoding import CEscape
 
+from moesaic.actors.runtime.embedded_ray import processes_of
 from moesaic.router_keys import VARIABLE
 from tests.e2e.owner_of_secrets import NAME, ROUTER_KEY, SECRET
 from tests.integration.conftest import save_model
@@ -65,7 +66,8 @@ class Running:
 
     @property
     def children(self) -> list[psutil.Process]:
-        return self.owner.children(recursive=True)
+        (file,) = (self.cache / "run").glob("*.json")
+        return processes_of(Path(json.loads(file.read_text())["ray_folder"]).name)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -10,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from moesaic import Client
+from moesaic.actors.runtime.embedded_ray import processes_of
+from moesaic.session import is_alive, session_dir
 from tests.helpers.documented import json_keys
 from tests.integration.conftest import save_model
 
@@ -53,9 +53,10 @@ def test_what_is_printed_has_the_keys_of_the_page(tmp_path: Path) -> None:
         with Client(up["url"]) as client:
             assert client.complete("the fox", max_tokens=3).usage.completion_tokens
         assert moesaic("status", "--name", name)["healthy"]
+        session = json.loads((session_dir() / f"{name}.json").read_text())
+        started = processes_of(Path(session["ray_folder"]).name)
+        assert started
     finally:
         down = moesaic("down", "--name", name)
     assert set(down) == json_keys()["down"]
-    with contextlib.suppress(psutil.NoSuchProcess):
-        # Whoever adopted it may not have looked yet.
-        assert psutil.Process(up["pid"]).status() == psutil.STATUS_ZOMBIE
+    assert not [process for process in started if is_alive(process)]

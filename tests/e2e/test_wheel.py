@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moesaic.actors.runtime.embedded_ray import processes_of
+from moesaic.session import session_dir
 from tests.helpers.paths import ROOT
 from tests.integration.conftest import save_model
 
@@ -147,10 +149,11 @@ def test_the_demo_is_served_from_the_wheel(run: Run) -> None:
         "MOESAIC__ENDPOINT__PORT": "0",
         "MOESAIC__MONITORING__PORT": "0",
     }
-    up = json.loads(run("moesaic", "up", "-d", "--json", timeout_s=600, **free))
+    run("moesaic", "up", "-d", "--json", timeout_s=600, **free)
     try:
-        owner = psutil.Process(up["pid"])
-        started = [owner, *owner.children(recursive=True)]
+        session = json.loads((session_dir() / f"{name}.json").read_text())
+        started = processes_of(Path(session["ray_folder"]).name)
+        assert started
         said = run("moesaic", "chat", "--name", name, "What is a mosaic?")
         assert said.strip()
     finally:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moesaic import Client
+from moesaic.actors.runtime.embedded_ray import started_processes
 from tests.helpers.models.tiny import tiny_mixtral, tiny_text, tiny_tokenizer
 from tests.helpers.processes.live import (
     ON_RAY,
@@ -57,7 +58,7 @@ def text_outlives_a_host(folder: Path, device: str) -> None:
                 assert result() == wanted
             wait_replaced(cluster, "host-0", victim.pid)
             assert text_of(client, "m", TOKENS) == wanted
-        ours = psutil.Process().children(recursive=True)
+        ours = started_processes()
     _, left = psutil.wait_procs(ours, timeout=20)
     assert not left
     wait_until(lambda: free_bytes(device) >= free - SLACK_BYTES, 20)

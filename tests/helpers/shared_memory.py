@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import psutil
+
+from moesaic.actors.runtime.embedded_ray import started_processes
 
 IN_RAM = Path("/dev/shm")
 
@@ -15,7 +18,8 @@ def in_shared_memory() -> set[str]:
 
     Other programs of the machine come and go; semaphores of theirs are no leak of a test's.
     """
-    own = {p.pid for p in psutil.Process().children(recursive=True)} | {psutil.Process().pid}
+    own = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+    own |= {p.pid for p in started_processes()}
     there = {str(entry) for entry in IN_RAM.iterdir()}
     for folder in Path("/proc").glob("[0-9]*"):
         if int(folder.name) in own:

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and what SIGINT and SIGTERM do to a cluster's owner.
+"""How a command ends: its exit code, and what SIGINT and SIGTERM do to `moesaic up`.
 
 The first signal asks for an end: it interrupts a start, and ends a wait. The second one ends the
 process at once, whatever it is doing. A thread counts the signals, on the file descriptor that

@@ -57,38 +57,39 @@ def up(
         bool,
         typer.Option("--print-spec", help="Print the spec as YAML instead of starting a cluster."),
     ] = False,
-    progress_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Start a cluster, and run it until Ctrl-C."""
-    from .run import print_spec, run_detached, run_foreground, spec_of
+    from .run import print_spec, run, spec_of
 
     if only_print:
         print_spec(spec_of(spec))
-    elif detach:
-        run_detached(spec, as_json=as_json)
     else:
-        run_foreground(spec, progress_fd, as_json=as_json)
+        run(spec, detach=detach, as_json=as_json)
 
 
 @app.command()
 def down(
     name: NameOption = "local",
-    timeout: Annotated[
+    drain: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="Seconds to wait for the cluster's end, before the command fails. The cluster "
-            "goes on ending. Default: the spec's endpoint.drain_s plus 60.",
+            help="Seconds that running requests have. Default: the spec's endpoint.drain_s.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """End a running cluster; running requests may finish first."""
-    from ..handle import connect
+    from ..handle import Cluster
+    from ..session import find_session, need_session
 
-    cluster = connect(name)
-    with err.status(f"ending cluster {name}: running requests have {cluster.drain_s:g} s"):
-        cluster.down(timeout)
+    found = find_session(name)
+    # What a start that was cut off has left is ended, too.
+    cut_off = found is not None and not found.ready and not found.starts
+    cluster = Cluster(found if cut_off and found is not None else need_session(name))
+    drain_s = cluster.drain_s if drain is None else drain
+    with err.status(f"ending cluster {name}: running requests have {drain_s:g} s"):
+        cluster.down(drain_s, told=lambda line: err.print(line, markup=False, soft_wrap=True))
     print_json({"name": name, "ended": True}) if as_json else err.print(f"cluster {name} is down")
 
 

@@ -1,18 +1,12 @@
-"""Progress bars for long operations, and the same progress as lines for another process."""
+"""Progress bars for long operations."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from ..proto.errors import MoesaicError, from_wire
 
 # (name of the step, done, total)
 Report = Callable[[str, int, int], None]
@@ -20,7 +14,13 @@ Report = Callable[[str, int, int], None]
 
 @contextmanager
 def bars(console: Console) -> Iterator[Report]:
-    """Show one bar for each step, in the order in which the steps are first reported."""
+    """Show one bar for each step, in the order in which the steps are first reported.
+
+    Where nobody watches, a line says when a step begins and when it is done.
+    """
+    if not console.is_terminal:
+        yield _lines(console)
+        return
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=28),
@@ -38,39 +38,13 @@ def bars(console: Console) -> Iterator[Report]:
         yield report
 
 
-@dataclass(frozen=True, slots=True)
-class Lines:
-    """Progress, warnings and the final error as JSON lines.
+def _lines(console: Console) -> Report:
+    said: set[tuple[str, bool]] = set()
 
-    The process that shows them reads them with `read_lines`.
-    """
+    def report(step: str, done: int, total: int) -> None:
+        told = (step, done >= total)
+        if told not in said:
+            said.add(told)
+            console.print(f"{step}: {done} of {total}", highlight=False)
 
-    fd: int
-
-    def report(self, step: str, done: int, total: int) -> None:
-        self._write([step, done, total])
-
-    def warn(self, text: str) -> None:
-        self._write({"warning": text})
-
-    def fail(self, error: MoesaicError) -> None:
-        self._write({"code": error.code, "error": str(error)})
-
-    def _write(self, line: Any) -> None:
-        os.write(self.fd, json.dumps(line).encode() + b"\n")
-
-
-def read_lines(
-    lines: Iterable[str], report: Report, warn: Callable[[str], None]
-) -> MoesaicError | None:
-    """Pass on what `Lines` wrote, and return its error."""
-    failed = None
-    for line in lines:
-        match json.loads(line):
-            case {"warning": text}:
-                warn(text)
-            case {"code": code, "error": text}:
-                failed = from_wire(code, text)
-            case [step, done, total]:
-                report(step, done, total)
-    return failed
+    return report

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,11 +16,9 @@ from rich.console import Console
 from ..about import default_spec
 from ..actors.runtime.process_log import rename_log
 from ..cluster.spec.spec import Spec, load_spec
-from ..private_files import new_private
-from ..proto.errors import ClusterError, MoesaicError
-from ..session import ClusterSession, find_session, owner_log, remove_own_session
+from ..session import is_alive, is_noted, need_session, remove_own_session
 from .ending import EndSignals
-from .progress import Lines, Report, bars, read_lines
+from .progress import bars
 from .terminal import print_json
 
 if TYPE_CHECKING:
@@ -29,6 +26,9 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+# Seconds between two looks at whether the cluster is still there.
+LOOK_S = 0.5
 
 
 # What `moesaic up` starts in a clone of the project.
@@ -50,25 +50,35 @@ def print_spec(spec: Spec) -> None:
     sys.stdout.write(yaml.safe_dump({"name": spec.name} | values, sort_keys=False))
 
 
-def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False) -> None:
-    """Start the cluster, print how to reach it, and stay until SIGINT or SIGTERM.
+def run(given: str | None, *, detach: bool, as_json: bool) -> None:
+    """Start the cluster, print how to reach it, and stay until SIGINT or SIGTERM unless ``detach``.
 
     Running requests may finish then. A second signal ends the cluster at once, in every phase.
     """
-    # In the foreground the terminal belongs to the progress and the addresses.
-    rename_log("owner", default=logging.WARNING if progress_fd < 0 else logging.INFO)
+    # The terminal belongs to the progress and the addresses.
+    rename_log("up", default=logging.WARNING)
     spec = spec_of(given)
     with EndSignals(lambda: _end_at_once(spec)) as ends:
         cluster: Cluster | None = None
         try:
-            cluster = _start(spec, progress_fd, ends)
+            cluster = _start(spec, ends)
             ends.check()
             ends.only_ask()
-            _show(spec, cluster, os.getpid(), as_json=as_json)
-            if progress_fd < 0:
-                err.print("Ctrl-C ends the cluster.")
-            ends.asked.wait()
-            err.print("ending ...")
+            _show(spec, cluster, as_json=as_json)
+            sys.stdout.flush()
+            if detach:
+                cluster.detach()
+                cluster = None
+                name = "" if spec.name == "local" else f" --name {spec.name}"
+                err.print(f"The cluster runs in the background; `moesaic down{name}` ends it.")
+                return
+            err.print("Ctrl-C ends the cluster.")
+            if _stay(spec.name, ends):
+                err.print("ending ...")
+            else:
+                err.print(f"cluster {spec.name} is down")
+                cluster.detach()
+                cluster = None
         except (KeyboardInterrupt, SystemExit):
             # Ray's handler of SIGTERM raises SystemExit.
             raise KeyboardInterrupt from None
@@ -77,33 +87,37 @@ def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False
             if cluster is not None:
                 cluster.down(told=_warn)
             elif ends.asked.is_set():
-                # The start may have been interrupted between two steps, when nothing owned what
+                # The start may have been interrupted between two steps, when nothing knew of what
                 # the last step made.
                 _sweep(spec)
 
 
-def _start(spec: Spec, progress_fd: int, ends: EndSignals) -> Cluster:
+def _stay(name: str, ends: EndSignals) -> bool:
+    """Wait for a signal, and return True; return False if the cluster has ended meanwhile."""
+    session = need_session(name)
+    raylet = session.raylet() if session.embedded else None
+    if raylet is not None:
+        # A process that is connected to a Ray may end with that Ray.
+        from ..actors.runtime.embedded_ray import disconnect
+
+        disconnect()
+    while not ends.asked.wait(LOOK_S):
+        if not is_noted(session) or (raylet is not None and not is_alive(raylet)):
+            return False
+    return True
+
+
+def _start(spec: Spec, ends: EndSignals) -> Cluster:
     from ..starting import up
 
-    def armed(report: Report) -> Report:
+    with bars(err) as report:
+
         def progress(step: str, done: int, total: int) -> None:
             ends.arm()
             ends.check()
             report(step, done, total)
 
-        return progress
-
-    if progress_fd < 0:
-        with bars(err) as report:
-            return up(spec, progress=armed(report), warn=_warn)
-    lines = Lines(progress_fd)
-    try:
-        return up(spec, progress=armed(lines.report), warn=lines.warn)
-    except MoesaicError as error:
-        lines.fail(error)
-        raise
-    finally:
-        os.close(progress_fd)
+        return up(spec, progress=progress, warn=_warn)
 
 
 def _sweep(spec: Spec) -> None:
@@ -122,7 +136,7 @@ def _end_at_once(spec: Spec) -> None:
     _sweep(spec)
 
 
-def _show(spec: Spec, running: Cluster | ClusterSession, pid: int, *, as_json: bool) -> None:
+def _show(spec: Spec, running: Cluster, *, as_json: bool) -> None:
     models = [model.name for model in spec.models]
     if as_json:
         found = {
@@ -131,10 +145,8 @@ def _show(spec: Spec, running: Cluster | ClusterSession, pid: int, *, as_json: b
             "monitoring": running.monitoring,
             "router": running.router,
             "models": models,
-            "pid": pid,
         }
         print_json(found)
-        sys.stdout.flush()
         return
     print_address(spec.name, running.url, models)
     if running.monitoring is not None:
@@ -171,63 +183,5 @@ def _program() -> str:
     return str(called) if called.name == "moesaic" and os.sep in sys.argv[0] else "moesaic"
 
 
-def run_detached(given: str | None, *, as_json: bool = False) -> None:
-    """Start the cluster in a process of its own, and return when it answers."""
-    spec = spec_of(given)
-    if find_session(spec.name) is not None:
-        raise ClusterError(
-            f"name: a cluster {spec.name!r} is running; `moesaic down --name {spec.name}` ends it"
-        )
-    log = owner_log(spec.name)
-    reader, writer = os.pipe()
-    command = [sys.executable, "-m", "moesaic.cli.main", "up", *([] if given is None else [given])]
-    with os.fdopen(new_private(log), "wb") as sink:
-        child = subprocess.Popen(
-            [*command, "--progress-fd", str(writer)],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            pass_fds=[writer],
-            start_new_session=True,
-        )
-    os.close(writer)
-    try:
-        with os.fdopen(reader) as steps, bars(err) as progress:
-            failed = read_lines(steps, progress, _warn)
-    except KeyboardInterrupt:
-        _end(child)
-        raise
-    session = find_session(spec.name)
-    if failed is not None:
-        child.wait(timeout=60)
-        raise failed
-    if session is None:
-        child.wait(timeout=60)
-        raise ClusterError(f"the cluster did not start; {log} ends with: {_last_line(log)}")
-    _show(spec, session, session.pid, as_json=as_json)
-    end = "moesaic down" if spec.name == "local" else f"moesaic down --name {spec.name}"
-    err.print(
-        f"The cluster runs in the background (process {session.pid}, log {log}); `{end}` ends it."
-    )
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Wait until a cancelled start has been undone.
-
-    Another Ctrl-C ends the start at once; a third one does not wait for the process either.
-    """
-    child.terminate()
-    try:
-        child.wait()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
-
-
 def _warn(text: str) -> None:
     err.print(text, markup=False, soft_wrap=True)
-
-
-def _last_line(log: Path) -> str:
-    text = log.read_text(errors="replace").strip().splitlines()
-    return text[-1] if text else "(nothing)"

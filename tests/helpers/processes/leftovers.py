@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from moesaic.session import session_dir
+from moesaic.actors.runtime.embedded_ray import started_processes
+from moesaic.session import is_alive, session_dir
 from tests.helpers.shared_memory import in_shared_memory
 
 # Dying processes need a moment.
@@ -17,11 +18,22 @@ _WITHIN_S = 20.0
 
 
 def _living() -> set[str]:
+    """This process's children, those of Rays that it started, and workers of a Ray that is gone."""
     found = set()
-    for process in psutil.Process().children(recursive=True):
+    for process in {*psutil.Process().children(recursive=True), *started_processes(), *_orphans()}:
         with suppress(psutil.NoSuchProcess):  # it ends just now
-            if process.status() != psutil.STATUS_ZOMBIE:
+            if is_alive(process):
                 found.add(f"{process.pid} {' '.join(process.cmdline())[:80]}")
+    return found
+
+
+def _orphans() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            raylet = process.environ().get("RAY_RAYLET_PID")
+            if raylet is not None and not psutil.pid_exists(int(raylet)):
+                found.append(process)
     return found
 
 

@@ -31,7 +31,7 @@ KINDS = {
     "ingress": r"^ray::ServeReplica:.*:Ingress",
     "trunk": r"^ray::ServeReplica:.*:Trunk-",
     "idle worker": r"^ray::IDLE|default_worker\.py",
-    "owner": r"python",
+    "program that called `moesaic.up`, or asks the cluster": r"python",
 }
 
 

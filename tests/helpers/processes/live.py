@@ -14,6 +14,8 @@ import pytest
 
 import moesaic
 from moesaic import Client
+from moesaic.actors.runtime.embedded_ray import EmbeddedRay, end_embedded, start_embedded
+from moesaic.actors.runtime.joining import join
 from moesaic.clients.http_client import Options
 from moesaic.cluster.reports.status import HostProcess, HostStatus
 from moesaic.handle import Cluster
@@ -31,6 +33,17 @@ ON_RAY = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+@contextmanager
+def own_ray(num_cpus: int, **options: Any) -> Iterator[EmbeddedRay]:
+    """A Ray that no cluster started, and none ends; this process is connected to it."""
+    ray = start_embedded(num_cpus=num_cpus)
+    try:
+        join(ray.address, insecure=False, log_to_driver=False, **options)
+        yield ray
+    finally:
+        end_embedded(ray.folder)
 
 
 @contextmanager

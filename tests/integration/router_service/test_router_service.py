@@ -45,7 +45,7 @@ from moesaic.proto.errors import (
 from moesaic.proto.router_pb2 import ComputeRequest
 from moesaic.proto.router_pb2_grpc import RouterStub
 from moesaic.router_keys import VARIABLE
-from moesaic.session import write_session
+from moesaic.session import ClusterSession, write_session
 from tests.helpers.documented import blocks
 from tests.helpers.pool.pools import pool
 from tests.helpers.pool.router_services import KEY, Served, head_of, router_service
@@ -203,13 +203,16 @@ def test_the_example_of_the_page_runs_on_the_clusters_machine(
     """The key is in the session file."""
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    # Its Ray is where the service listens: something does.
     write_session(
-        name="x",
-        ray_address="127.0.0.1:6379",
-        embedded=True,
-        url=None,
-        router=served.service.address,
-        router_key=KEY,
+        ClusterSession(
+            name="x",
+            pid=1,
+            started=0.0,
+            ray_address=served.service.address,
+            router=served.service.address,
+            router_key=KEY,
+        )
     )
     (example,) = (
         text for page, text in blocks("python") if page == "router.md" and "RouterStub" not in text

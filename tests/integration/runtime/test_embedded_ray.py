@@ -1,65 +1,52 @@
-"""A Ray inside this process that does not start: nothing of it is left, and one more try."""
+"""A Ray of Moesaic's own: it outlives its starter, and nothing is left of one that fails."""
 
 from __future__ import annotations
 
-import gc
 import os
+import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import ray
-from ray._private import services
 
 from moesaic.actors.runtime import embedded_ray
-from moesaic.actors.runtime.embedded_ray import start_embedded
+from moesaic.actors.runtime.embedded_ray import end_embedded, start_embedded
+from moesaic.actors.runtime.joining import join
 from moesaic.proto.errors import ClusterError
-from tests.helpers.processes.frozen import freeze
+from moesaic.session import is_alive
+from tests.helpers.processes import failing_head
 from tests.helpers.processes.live import ON_RAY
 
 pytestmark = ON_RAY
 
-CHILD = [sys.executable, "-c", "import time; time.sleep(600)"]
-PARENT = "import subprocess, sys, time; subprocess.Popen(sys.argv[2:]); time.sleep(600)"
-
 
 @pytest.fixture
 def rays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(embedded_ray, "_ray_folder", lambda: tmp_path)
-    return tmp_path
+    """The folder of Rays that do not start."""
+    folder = tmp_path / "rays"
+    folder.mkdir()
+    monkeypatch.setattr(embedded_ray, "_ray_folder", lambda: folder)
+    monkeypatch.setattr(embedded_ray, "_HEAD", failing_head.__name__)
+    monkeypatch.setenv(failing_head.STARTED, str(tmp_path / "started"))
+    monkeypatch.setenv(failing_head.LOG, "")
+    return folder
 
 
-def starts(rays: Path, log: str, started: list[psutil.Process]) -> Callable[..., None]:
-    """`ray.init` that gives up, and leaves processes as Ray does: one named by its session, which
-    is stopped and has a child."""
-
-    def init(**options: Any) -> None:
-        folder = rays / f"session_2026-01-01_00-00-00_{len(started):06}_{os.getpid()}"
-        (folder / "logs").mkdir(parents=True)
-        (rays / "session_latest").unlink(missing_ok=True)
-        (rays / "session_latest").symlink_to(folder)
-        if log:
-            (folder / "logs" / "raylet.err").write_text(log)
-        command = [sys.executable, "-c", PARENT, f"--session-dir={folder}", *CHILD]
-        raylet = psutil.Process(subprocess.Popen(command).pid)
-        while not (children := raylet.children()):
-            pass
-        freeze(raylet.pid)
-        started.extend([raylet, *children])
-        raise Exception("The current node timed out during startup.")
-
-    return init
+def started(rays: Path) -> list[int]:
+    """The processes that were left, and their children."""
+    file = rays.with_name("started")
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
-def ended(process: psutil.Process) -> bool:
-    """Or a zombie that waits for a parent that is not this process."""
+def ended(pid: int) -> bool:
     try:
-        return process.status() == psutil.STATUS_ZOMBIE and process.ppid() != os.getpid()
+        return not is_alive(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return True
 
@@ -67,22 +54,21 @@ def ended(process: psutil.Process) -> bool:
 def test_what_fails_twice_leaves_nothing_and_says_why(
     rays: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(failing_head.LOG, "no room\nno memory\n")
     other = rays / f"session_2026-01-01_00-00-00_999999_{os.getpid()}"
     other.mkdir()
-    unlike = subprocess.Popen([*CHILD, str(other)])
-    started: list[psutil.Process] = []
+    unlike = subprocess.Popen([*failing_head.CHILD, str(other)])
     said: list[str] = []
-    monkeypatch.setattr(ray, "init", starts(rays, "no room\nno memory\n", started))
     try:
         with pytest.raises(ClusterError) as caught:
-            start_embedded(said.append)
+            start_embedded(said.append, num_cpus=1)
         for words in (*said, str(caught.value)):
             assert "timed out during startup" in words
             assert "raylet.err ends with: no room | no memory" in words
         assert len(said) == 1
         assert "Moesaic tries once more" in said[0]
-        assert len(started) == 4
-        assert all(map(ended, started))
+        assert len(started(rays)) == 4
+        assert all(map(ended, started(rays)))
         # What was there before is not its own.
         assert list(rays.iterdir()) == [other]
         assert unlike.poll() is None
@@ -94,19 +80,21 @@ def test_what_fails_twice_leaves_nothing_and_says_why(
 def test_a_start_that_is_interrupted_is_cleaned_up_and_not_tried_again(
     rays: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[psutil.Process] = []
-    real = starts(rays, "", started)
+    monkeypatch.setenv(failing_head.HANGS, "yes")
 
-    def init(**options: Any) -> None:
-        with pytest.raises(Exception, match="timed out"):
-            real()
-        raise KeyboardInterrupt
+    def interrupt() -> None:
+        until = time.monotonic() + 60
+        while not started(rays) and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(ray, "init", init)
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
     with pytest.raises(KeyboardInterrupt):
-        start_embedded()
-    assert len(started) == 2
-    assert all(map(ended, started))
+        start_embedded(num_cpus=1)
+    interrupting.join()
+    assert len(started(rays)) == 2
+    assert all(map(ended, started(rays)))
     assert list(rays.iterdir()) == []
 
 
@@ -139,73 +127,52 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-@pytest.mark.slow
-def test_a_raylet_that_hangs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own processes, but for a raylet that never writes a log."""
-    pid_file = tmp_path / "raylet.pid"
-    raylet = tmp_path / "raylet"
-    raylet.write_text(f"#!/bin/sh\necho $$ > {pid_file}\nsleep 600 &\nwait\n")
-    raylet.chmod(0o755)
-    real, get_node = services.RAYLET_EXECUTABLE, services.get_node
-    children = set(psutil.Process().children(recursive=True))
-
-    def impatient(*args: Any, **more: Any) -> Any:
-        """Ray itself waits for 30 s."""
-        if real == services.RAYLET_EXECUTABLE:
-            return get_node(*args, **more)
-        raise Exception("The current node timed out during startup.")
-
-    left: list[psutil.Process] = []
-
-    def said(why: str) -> None:
-        assert "timed out during startup" in why
-        left.extend(set(psutil.Process().children(recursive=True)) - children)
-        services.RAYLET_EXECUTABLE = real
-
-    monkeypatch.setattr(services, "RAYLET_EXECUTABLE", str(raylet))
-    monkeypatch.setattr(services, "get_node", impatient)
-    before = embedded_ray.sessions()
-    start_embedded(said, num_cpus=1, include_dashboard=False, log_to_driver=False)
+def test_it_outlives_its_starter_and_ends_as_a_whole() -> None:
+    program = """
+import os, signal
+from moesaic.actors.runtime.embedded_ray import start_embedded
+from moesaic.session import stay_on_loopback
+stay_on_loopback()
+own = start_embedded(num_cpus=1)
+print(own.folder, own.address, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder, address = done.stdout.split()
     try:
-        assert left == []
-        assert not psutil.pid_exists(int(pid_file.read_text()))
-        assert len(embedded_ray.sessions() - before) == 1
-        assert ray.get(ray.remote(lambda: 7).remote()) == 7
+        names = {process.name() for process in embedded_ray.processes_of(Path(folder).name)}
+        assert {"gcs_server", "raylet"} <= names
         # Its sockets and logs are behind a door.
-        (session,) = embedded_ray.sessions() - before
-        assert {entry.name for entry in session.iterdir()} > {"sockets", "logs"}
-        assert mode(session.parents[1]) == 0o700
-        # Nothing waits to be collected, and to warn of it in the middle of something else.
-        kept = [one for one in gc.get_objects() if issubclass(type(one), subprocess.Popen)]
-        assert not [
-            one for one in kept if one.returncode is None and not psutil.pid_exists(one.pid)
-        ]
+        assert {entry.name for entry in Path(folder).iterdir()} > {"sockets", "logs"}
+        assert mode(Path(folder).parents[1]) == 0o700
+        join(address, insecure=False, log_to_driver=False)
+        assert ray.get(ray.remote(lambda: 7).remote()) == 7
+        running = embedded_ray.processes_of(Path(folder).name)
     finally:
-        ray.shutdown()
+        end_embedded(Path(folder))
+    assert not ray.is_initialized()
+    assert not [process for process in running if is_alive(process)]
 
 
-def test_the_handler_of_a_signal_outlives_ray() -> None:
+def test_the_handler_of_a_signal_outlives_a_connection() -> None:
     """In a process of its own, whose handler a default would replace by its death."""
     program = """
 import os, signal, time
-from ray._private import worker
+from moesaic.actors.runtime.joining import join
 from moesaic.actors.runtime.embedded_ray import end_embedded, start_embedded
-
-def ending(*given, **named):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.1)
-    print("while Ray's processes end", flush=True)
-    end(*given, **named)
-
-start_embedded(num_cpus=1, include_dashboard=False)
+from moesaic.session import stay_on_loopback
+stay_on_loopback()
+own = start_embedded(num_cpus=1)
+join(own.address, insecure=False, log_to_driver=False)
 signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
-end, worker._global_node.kill_all_processes = worker._global_node.kill_all_processes, ending
-end_embedded()
+end_embedded(own.folder)
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(0.1)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
-    heard = "heard\nwhile Ray's processes end\nheard\n"
-    assert (done.returncode, done.stdout) == (0, heard), done.stderr
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

@@ -27,9 +27,10 @@ from ray.core.generated import gcs_service_pb2
 
 from moesaic.actors.preflight.check_machine import check_token
 from moesaic.actors.runtime import joining, ray_border
+from moesaic.actors.runtime.embedded_ray import EmbeddedRay
 from moesaic.actors.runtime.joining import join
 from moesaic.actors.runtime.ports import free_port
-from moesaic.actors.runtime.ray_border import end_ray, start_ray
+from moesaic.actors.runtime.ray_border import start_ray
 from moesaic.actors.runtime.ray_token import make_token, need_token
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import ClusterError
@@ -232,18 +233,21 @@ def test_an_embedded_ray_without_a_token_is_ended(monkeypatch: pytest.MonkeyPatc
         nonlocal running
         running = to
 
-    monkeypatch.setattr(ray_border, "start_embedded", lambda *_, **__: run(True))
-    monkeypatch.setattr(ray_border.ray, "shutdown", lambda: run(False))
-    monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: running)
+    def start(*_: object, **__: object) -> EmbeddedRay:
+        run(True)
+        return EmbeddedRay(address, Path("/r"))
+
+    monkeypatch.setattr(ray_border, "_embedded", [])
+    monkeypatch.setattr(ray_border, "start_embedded", start)
+    monkeypatch.setattr(ray_border, "end_embedded", lambda folder: run(False))
+    monkeypatch.setattr(ray, "init", lambda **_: None)
     models = [{"name": "m", "path": "p"}]
     with gcs(same) as address:
-        monkeypatch.setattr(ray_border, "ray_address", lambda: address)
         with pytest.raises(ClusterError, match="asks for no token"):
             start_ray(parse_spec({"models": models}))
         assert not running
         assert start_ray(parse_spec({"models": models, "ray": {"insecure": True}}))
-        end_ray()
-    assert not running
+        assert running
 
 
 def test_the_environment_is_not_to_switch_the_token_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.host.host_actor import RayExpertHost
 from moesaic.actors.runtime import ray_border
-from moesaic.actors.runtime.ray_border import end_ray, join_ray, start_ray
-from moesaic.actors.serve import end_at_once, launch
+from moesaic.actors.runtime.embedded_ray import EmbeddedRay
+from moesaic.actors.runtime.ray_border import join_ray, start_ray
+from moesaic.actors.serve import end_at_once, ending
+from moesaic.actors.serve.ending import end_cluster
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import ClusterError
 
@@ -37,69 +40,92 @@ def test_ray_offers_what_a_host_does() -> None:
     assert public(RayExpertHost) == public(ExpertHost) - hidden
 
 
-def test_an_embedded_ray_ends_with_the_last_cluster_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_cluster_of_a_program_is_on_the_same_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = parse_spec({"models": [{"name": "m", "path": "p"}]})
-    running = False
+    running: list[str] = []
 
-    def start(said: object, **options: object) -> None:
-        nonlocal running
-        running = True
+    def start(said: object, **options: object) -> EmbeddedRay:
+        running.append(f"127.0.0.1:{len(running) + 1}")
+        return EmbeddedRay(running[-1], Path("/r"))
 
-    def end() -> None:
-        nonlocal running
-        running = False
-
+    monkeypatch.setattr(ray_border, "_embedded", [])
     monkeypatch.setattr(ray_border, "start_embedded", start)
+    monkeypatch.setattr(ray_border, "join_ray", lambda *_, **__: None)
     monkeypatch.setattr(ray_border, "_need_token", lambda spec: None)
-    monkeypatch.setattr(ray_border.ray, "shutdown", end)
-    monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: running)
-    assert start_ray(spec)
-    assert start_ray(spec)
-    end_ray()
-    assert running
-    end_ray()
-    assert not running
-    # One that the program started, or that ended behind our back, is not counted.
-    running = True
-    assert not start_ray(spec)
-    running = False
-    assert start_ray(spec)
-    running = False
-    assert start_ray(spec)
-    end_ray()
-    assert not running
+    monkeypatch.setattr(ray_border, "ray_address", lambda: joined)
+    monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: joined != "")
+    joined = ""
+    first = start_ray(spec)
+    assert first is not None
+    joined = first.address
+    assert start_ray(spec) == first
+    # One that the program itself has started, or joined.
+    joined = "10.0.0.1:6379"
+    assert start_ray(spec) is None
+    # The first one was ended behind this process's back.
+    joined = ""
+    second = start_ray(spec)
+    assert second is not None
+    assert second != first
+
+
+class Ended:
+    """What `end_cluster` ended, in its order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **others: Any) -> None:
+        self.parts: list[str] = []
+        hosts = {"host-1", "host-0"}
+
+        def end_hosts(namespace: str, names: list[str]) -> None:
+            self.parts.extend(names)
+            hosts.clear()
+
+        def note(part: str) -> Any:
+            return lambda *_, **__: self.parts.append(part)
+
+        given: dict[str, Any] = {
+            "others_on_ray": lambda namespace: [],
+            "serves": lambda name: True,
+            "drain": note("drained"),
+            "leave_serve": note("serve"),
+            "_actor": lambda actor, namespace: actor,
+            "host_names": lambda namespace: hosts,
+            "end_hosts": end_hosts,
+            "forget_all": note("store"),
+            "release": note("groups"),
+            "end_embedded": note("ray"),
+        }
+        for name, double in (given | others).items():
+            monkeypatch.setattr(ending, name, double)
+        monkeypatch.setattr(ending.ray, "kill", lambda actor, no_restart: self.parts.append(actor))
+
+
+def fails(*_: object, **__: object) -> None:
+    raise ClusterError("Serve: no answer")
+
+
+OWN = EmbeddedRay("127.0.0.1:1", Path("/r"))
 
 
 def test_what_cannot_be_ended_keeps_nothing_else_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[str] = []
-
-    class Keeper:
-        def close(self) -> None:
-            ended.append("hosts")
-
-    def fails(*_: object, **__: object) -> None:
-        raise ClusterError("Serve: no answer")
-
-    monkeypatch.setattr(launch, "leave_serve", fails)
-    monkeypatch.setattr(launch, "drain", fails)
-    monkeypatch.setattr(launch, "forget_all", lambda namespace: ended.append("store"))
-    monkeypatch.setattr(launch, "end_ray", lambda: ended.append("ray"))
-    monkeypatch.setattr(launch.ray, "kill", lambda actor, no_restart: ended.append(actor))
-    keeper: Any = Keeper()
-    launched = launch.Launched(
-        spec=parse_spec({"models": [{"name": "m", "path": "p"}]}),
-        namespace="n",
-        controller="controller",
-        models={},
-        provisioner=keeper,
-        begun=True,
-        serves=True,
-        router_service="router",
-        owns_ray=True,
-    )
+    ended = Ended(monkeypatch, drain=fails, leave_serve=fails, others_on_ray=lambda _: ["other"])
     with pytest.raises(ClusterError, match="Serve: no answer"):
-        launched.close(drain_s=1.0)
-    assert ended == ["router", "controller", "hosts", "store", "ray"]
+        end_cluster("c", OWN, 1.0)
+    rest = ["host-0", "host-1", "store", "groups"]
+    assert ended.parts == ["router-service", "controller", *rest]
+
+
+def test_an_own_ray_ends_with_the_last_cluster_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = Ended(monkeypatch)
+    end_cluster("c", OWN, 1.0)
+    assert ended.parts[0] == "drained"
+    assert ended.parts[-1] == "ray"
+    assert "serve" not in ended.parts  # which ends with its Ray
+    for own, others in ((OWN, ["other"]), (None, [])):
+        ended = Ended(monkeypatch, others_on_ray=lambda _, others=others: others)
+        end_cluster("c", own)
+        assert ended.parts[0] == "serve"
+        assert "ray" not in ended.parts
 
 
 def test_a_start_that_never_began_forgets_nothing_of_another_cluster(
@@ -107,10 +133,7 @@ def test_a_start_that_never_began_forgets_nothing_of_another_cluster(
 ) -> None:
     """One of the same name is on the Ray: the start is refused, and undone."""
     forgotten: list[str] = []
-    monkeypatch.setattr(launch, "forget_all", forgotten.append)
     monkeypatch.setattr(end_at_once, "forget_all", forgotten.append)
-    spec = parse_spec({"name": "taken", "ray": {"address": "auto"}, "models": []})
-    launch.Launched(spec=spec, namespace="moesaic-taken", models={}).close()
     monkeypatch.setattr(end_at_once.ray, "is_initialized", lambda: True)
-    end_at_once.end_at_once(spec)
+    end_at_once.end_at_once(parse_spec({"name": "taken", "ray": {"address": "auto"}, "models": []}))
     assert forgotten == []

@@ -23,6 +23,7 @@ import ray
 
 from moesaic import Client
 from moesaic.actors.endpoint.http.health import HEAR_S
+from moesaic.actors.runtime.embedded_ray import started_processes
 from moesaic.actors.runtime.ray_border import controller_of, namespace_of
 from moesaic.actors.serve import deploy
 from moesaic.cluster.service.progress import STALLED_S
@@ -74,7 +75,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 def trunks(cluster: Cluster) -> list[psutil.Process]:
     return [
         process
-        for process in psutil.Process().children(recursive=True)
+        for process in started_processes()
         if f"::ServeReplica:moesaic-{cluster.name}:Trunk" in " ".join(process.cmdline())
     ]
 
@@ -173,7 +174,7 @@ def test_a_full_trunk_is_ready(cluster: Cluster) -> None:
 
 def test_a_killed_trunk_with_work_is_not_ready_until_another_is_there(cluster: Cluster) -> None:
     (trunk,) = trunks(cluster)
-    (raylet,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "raylet"]
+    (raylet,) = [one for one in started_processes() if one.name() == "raylet"]
     with asking(cluster, SLOWLY, 2) as errors:
         time.sleep(2.0)
         # No other one can start meanwhile.
@@ -190,11 +191,7 @@ def test_a_killed_trunk_with_work_is_not_ready_until_another_is_there(cluster: C
 
 def test_the_controller_says_nothing_of_it(cluster: Cluster) -> None:
     namespace = namespace_of(cluster.name)
-    found = [
-        one
-        for one in psutil.Process().children(recursive=True)
-        if "::Controller" in " ".join(one.cmdline())
-    ]
+    found = [one for one in started_processes() if "::Controller" in " ".join(one.cmdline())]
     (controller,) = found
     with frozen(controller.pid), asking(cluster, SLOWLY, 1, 100):
         stays_ready(cluster, GOES_S)

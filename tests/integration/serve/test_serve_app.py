@@ -15,17 +15,16 @@ import openai
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.processes.live import own_ray
 
 # Before Ray is imported: no telemetry, and all on the loopback interface.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
-import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
 from moesaic.actors.engine.engine import Delta, Sampling
-from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve import serve_app
 from moesaic.actors.serve.serve_app import ErrorValue, Trunk, build
@@ -64,23 +63,20 @@ def url(monitoring: str) -> Iterator[str]:
     # The replicas import the factories from this folder.
     root = ROOT
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}}
-    start_embedded(
-        num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment
-    )
-    try:
-        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
-        factories = {"tiny": tiny_engine, "script": scripted_engine}
-        trunks = {
-            name: Trunk.options(name=f"Trunk-{name}").bind(factory)
-            for name, factory in factories.items()
-        }
-        watched = MonitoringSpec(port=int(monitoring.rpartition(":")[2]))
-        tokenizers = dict.fromkeys(trunks, tiny_tokenizer)
-        serve.run(build(trunks, tokenizers, status=cluster_status, monitoring=watched))
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    with own_ray(4, runtime_env=environment):
+        try:
+            serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+            factories = {"tiny": tiny_engine, "script": scripted_engine}
+            trunks = {
+                name: Trunk.options(name=f"Trunk-{name}").bind(factory)
+                for name, factory in factories.items()
+            }
+            watched = MonitoringSpec(port=int(monitoring.rpartition(":")[2]))
+            tokenizers = dict.fromkeys(trunks, tiny_tokenizer)
+            serve.run(build(trunks, tokenizers, status=cluster_status, monitoring=watched))
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
 
 
 @pytest.fixture

@@ -15,14 +15,13 @@ import psutil
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.processes.live import own_ray
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
-import ray
 from ray import serve
 
-from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve.serve_app import Trunk, build
 from moesaic.actors.serve.serve_border import ServeAddress, start_serve
@@ -47,24 +46,21 @@ PATH = "/v1/completions"
 def http() -> Iterator[httpx.Client]:
     root = ROOT
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}}
-    start_embedded(
-        num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment
-    )
-    try:
-        start_serve(ServeAddress("127.0.0.1", PORT), "strangers")
-        trunk = Trunk.options(name="Trunk-script").bind(scripted_engine)
-        app = build(
-            {"script": trunk},
-            {"script": tiny_tokenizer},
-            endpoint=EndpointSpec(limits=LIMITS),
-            monitoring=MonitoringSpec(port=MONITORING),
-        )
-        serve.run(app)
-        with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:
-            yield client
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    with own_ray(4, runtime_env=environment):
+        try:
+            start_serve(ServeAddress("127.0.0.1", PORT), "strangers")
+            trunk = Trunk.options(name="Trunk-script").bind(scripted_engine)
+            app = build(
+                {"script": trunk},
+                {"script": tiny_tokenizer},
+                endpoint=EndpointSpec(limits=LIMITS),
+                monitoring=MonitoringSpec(port=MONITORING),
+            )
+            serve.run(app)
+            with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:
+                yield client
+        finally:
+            serve.shutdown()
 
 
 def answered(http: httpx.Client) -> float:

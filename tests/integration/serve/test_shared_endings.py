@@ -17,17 +17,16 @@ from ray import serve
 
 import moesaic
 from moesaic import Client
-from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.actors.runtime.ray_border import namespace_of
 from moesaic.actors.serve import deploy
 from moesaic.actors.serve.end_at_once import end_at_once
 from moesaic.actors.serve.serve_border import find_serve
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.handle import Cluster
-from moesaic.session import remove_session
+from moesaic.session import remove_own_session
 from tests.helpers.endpoint.scripted import COUNT, SLOW_S, SLOWLY, scripted_engine
 from tests.helpers.paths import ROOT
-from tests.helpers.processes.live import ON_RAY, wait_until
+from tests.helpers.processes.live import ON_RAY, own_ray, wait_until
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY
@@ -44,12 +43,11 @@ def shared_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         patched.setattr(deploy, "EngineFactory", lambda config: scripted_engine)
-        start_embedded(num_cpus=8, include_dashboard=False, log_to_driver=False)
-        try:
-            yield
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+        with own_ray(8):
+            try:
+                yield
+            finally:
+                serve.shutdown()
 
 
 def spec_of(folder: Path, name: str) -> dict[str, Any]:
@@ -133,8 +131,6 @@ def test_ending_one_at_once_leaves_the_other_alone(folder: Path) -> None:
         dies = moesaic.up(spec_of(folder, "dies"))
         # As a process says it that has joined the Ray.
         wanted = parse_spec(spec_of(folder, "dies") | {"ray": {"address": "auto"}})
-        launched: Any = dies._launched
-        launched.provisioner._stop.set()
         began = time.monotonic()
         end_at_once(wanted)
         assert time.monotonic() - began < 15
@@ -145,4 +141,5 @@ def test_ending_one_at_once_leaves_the_other_alone(folder: Path) -> None:
         assert works(stays)
         end_at_once(wanted)  # again: nothing is left to end
         assert works(stays)
-        remove_session(dies.name)
+        dies.detach()
+        remove_own_session(dies.name)

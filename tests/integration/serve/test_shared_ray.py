@@ -9,19 +9,17 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from ray import serve
 
 import moesaic
 from moesaic import Client
-from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.actors.runtime.ports import free_port
-from moesaic.actors.runtime.ray_border import controller_of, namespace_of
+from moesaic.actors.runtime.ray_border import controller_of, kill_named, namespace_of
 from moesaic.actors.serve.serve_border import find_serve
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from moesaic.session import remove_session
-from tests.helpers.processes.live import ON_RAY, text_of
+from moesaic.session import remove_own_session
+from tests.helpers.processes.live import ON_RAY, own_ray, text_of
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY
@@ -36,11 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def shared_ray() -> Iterator[None]:
     """One that no cluster started, and none ends."""
-    start_embedded(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    try:
+    with own_ray(8):
         yield
-    finally:
-        ray.shutdown()
 
 
 def spec_of(folder: Path, name: str, **endpoint: Any) -> dict[str, Any]:
@@ -93,14 +88,12 @@ def test_a_second_cluster_is_beside_the_first_or_refused_at_once(
 
 
 @pytest.mark.slow
-def test_what_a_cluster_left_whose_owner_died_is_ended(folder: Path) -> None:
+def test_what_a_cluster_left_whose_controller_is_gone_is_ended(folder: Path) -> None:
     port, other = free_port(HOST), free_port(HOST)
     dead = moesaic.up(spec_of(folder, "dead", port=port))
-    # With the owner's job Ray ends its actors; those of Serve belong to nobody.
-    launched: Any = dead._launched
-    launched.provisioner.close()
-    ray.kill(launched.controller, no_restart=True)
-    remove_session(dead.name)
+    dead.detach()
+    kill_named(namespace_of(dead.name))
+    remove_own_session(dead.name)
     left = find_serve()
     assert left is not None
     assert list(left.routes) == [namespace_of(dead.name)]

@@ -23,7 +23,6 @@ from moesaic.bench import Percentiles, measure_load
 from moesaic.cli import chat
 from moesaic.cli.ending import EXIT_CODES
 from moesaic.cli.main import app, main
-from moesaic.cli.progress import Lines, read_lines
 from moesaic.clients.http_client import Client
 from moesaic.cluster.control.status_views import expert_views
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey
@@ -32,8 +31,8 @@ from moesaic.cluster.load.tracker import LoadTracker
 from moesaic.cluster.placement import LayerPlacement, Replica
 from moesaic.cluster.planner.plan import OperatorConstraints
 from moesaic.logs import LogLine, read_logs
-from moesaic.proto.errors import CheckpointError, ClusterError, RequestError
-from moesaic.session import ClusterSession, note_logs, session_dir
+from moesaic.proto.errors import ClusterError, RequestError
+from moesaic.session import ClusterSession, note_logs
 from tests.helpers.documented import COMMANDS, rows
 
 Capture = pytest.CaptureFixture[str]
@@ -82,7 +81,7 @@ WRONG = [
     (["experts", "--layer", "x"], 2, "--layer"),
     (["experts", "--hot", "0"], 2, "--hot"),
     (["logs"], 1, GONE),
-    (["logs", "hots"], 2, "'hots' is not one of owner, controller"),
+    (["logs", "hots"], 2, "'hots' is not one of controller"),
     (["logs", "--tail", "-1"], 2, "--tail"),
     (["expert", "get", "0", "1", "x.safetensors"], 1, GONE),
     (["expert", "get", "0"], 2, "Missing argument"),
@@ -317,9 +316,7 @@ def session(tmp_path: Path) -> ClusterSession:
     worker(folder, 8, "controller", "controller", [])
     (folder / "worker-aa-01-3.out").write_text("somebody else's\n")
     (folder / "worker-ab-01-4.out").write_text("moesaic: host host-5 of another\n")
-    return ClusterSession(
-        name="c", pid=1, started=0.0, ray_address="", embedded=True, url=None, logs=str(folder)
-    )
+    return ClusterSession(name="c", pid=1, started=0.0, ray_address="", logs=str(folder))
 
 
 def read(session: ClusterSession, *kinds: Any, **more: Any) -> list[LogLine]:
@@ -339,9 +336,6 @@ def test_logs_of_processes_that_live_and_that_are_dead(session: ClusterSession) 
     assert {line.kind for line in read(session)} == {"controller", "host"}
     assert len(read(session, "host", tail=30_000)) == 30_000 + 2 + 2
     assert read(session, "controller", tail=0) == []
-    session_dir().mkdir(parents=True)
-    (session_dir() / "c.log").write_text("up\n")
-    assert read(session, "owner") == [LogLine("owner", "c", 1, "stderr", "up")]
 
 
 def test_a_line_of_our_own_log_names_its_process_itself() -> None:
@@ -380,20 +374,6 @@ def test_logs_of_a_start_that_failed(session: ClusterSession, capsys: Capture) -
     assert "host-0 9: again" in capsys.readouterr().out
     assert main(["logs", "host", "--name", "d"]) == 1
     assert "no cluster 'd' of this user is running" in capsys.readouterr().err
-
-
-def test_what_a_detached_start_tells_is_passed_on(tmp_path: Path) -> None:
-    shown: list[Any] = []
-    with (tmp_path / "pipe").open("w+") as pipe:
-        lines = Lines(pipe.fileno())
-        lines.report("starting Ray", 0, 1)
-        lines.warn("warning: models.0.path: no chat template")
-        lines.fail(CheckpointError("two\n  lines"))
-        pipe.seek(0)
-        failed = read_lines(pipe, lambda *step: shown.append(step), shown.append)
-    assert shown == [("starting Ray", 0, 1), "warning: models.0.path: no chat template"]
-    assert type(failed) is CheckpointError
-    assert str(failed) == "two\n  lines"
 
 
 def test_logs_are_followed_line_by_line(session: ClusterSession) -> None:

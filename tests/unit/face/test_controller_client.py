@@ -12,6 +12,7 @@ from moesaic.cluster.reports.scaling import ScalingPhase, ScalingReport
 from moesaic.controller_client import ControllerClient
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
+from moesaic.session import ClusterSession
 from tests.helpers.cluster.reports import CHANGE, SCALING
 
 
@@ -24,7 +25,7 @@ class Scripted:
         monkeypatch.setattr(controller_client, "LOOK_S", 0.0)
         monkeypatch.setattr(ControllerClient, "ask", lambda _, *asked, **__: self._answer(*asked))
         # It never joins a Ray, so it needs no session.
-        self.cluster = Cluster(session=None, launched=None)  # pyright: ignore[reportArgumentType]
+        self.cluster = Cluster(ClusterSession(name="c", pid=1, started=0.0, ray_address=""))
 
     def _answer(self, method: str, *arguments: Any) -> Any:
         self.asked.append((method, *arguments))

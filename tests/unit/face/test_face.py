@@ -47,12 +47,12 @@ IN_PYTHON = {
 # What options say that is no matter of a Python program's.
 OF_A_TERMINAL = {
     "as_json", "detach", "experts", "file", "force", "interval", "message", "name", "once",
-    "only_print", "out", "progress_fd", "url", "watch", "yes",
+    "only_print", "out", "url", "watch", "yes",
 }  # fmt: skip
 # Options by another name: Client's are those of `openai_wire.Options`.
 SAID_OTHERWISE = {
     "drain": {"timeout": "timeout_s"},
-    "down": {"timeout": "timeout_s"},
+    "down": {"drain": "drain_s"},
     "record": {"window": "window_s"},
     "expert put": {"files": "tensors", "timeout": "timeout_s"},
     "expert revert": {"timeout": "timeout_s"},

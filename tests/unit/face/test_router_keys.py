@@ -11,7 +11,7 @@ import moesaic
 from moesaic import router_keys
 from moesaic.proto.errors import ClusterError, Unauthenticated
 from moesaic.router_keys import VARIABLE, key_for, take_key
-from moesaic.session import find_session, write_session
+from moesaic.session import ClusterSession, find_session, write_session
 
 GIVEN = "given-by-the-user-0123456789"
 MADE = "made-by-up-0123456789"
@@ -22,16 +22,19 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(router_keys, "_taken", None)
+    monkeypatch.setattr(ClusterSession, "alive", True)
 
 
 def announce(router: str | None, key: str | None = MADE, name: str = "x") -> None:
     write_session(
-        name=name,
-        ray_address="127.0.0.1:6379",
-        embedded=True,
-        url=None,
-        router=router,
-        router_key=key,
+        ClusterSession(
+            name=name,
+            pid=1,
+            started=0.0,
+            ray_address="127.0.0.1:6379",
+            router=router,
+            router_key=key,
+        )
     )
 
 

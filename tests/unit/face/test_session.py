@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,7 @@ import psutil
 import pytest
 
 from moesaic import handle, private_files, session
-from moesaic.cli import run
-from moesaic.handle import Cluster
-from moesaic.private_files import is_own, new_private, replace_file
+from moesaic.private_files import replace_file
 from moesaic.proto.errors import ClusterError
 from moesaic.session import (
     ClusterSession,
@@ -26,8 +26,9 @@ from moesaic.session import (
     logged_session,
     need_session,
     note_logs,
-    owner_log,
+    remove_session,
     session_dir,
+    this_process,
     write_session,
 )
 from moesaic.traces import write_trace
@@ -36,22 +37,30 @@ from tests.unit.face.test_traces import totals
 STRANGER = 65_534
 
 
+RAY_FOLDER = "/tmp/ray/session_2026-01-01_00-00-00_123456_1"
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ClusterSession, "alive", True)
     return tmp_path
 
 
 def announce(**more: Any) -> ClusterSession:
     values: dict[str, Any] = {
         "name": "c",
+        "pid": 1,
+        "started": 0.0,
         "ray_address": "127.0.0.1:6379",
-        "embedded": True,
+        "ray_folder": RAY_FOLDER,
         "url": "http://127.0.0.1:8000",
         "ray_token": "ab12",
         "logs": "/tmp/ray/session/logs",
     }
-    return write_session(**(values | more))
+    found = ClusterSession(**(values | more))
+    write_session(found)
+    return found
 
 
 def file() -> Path:
@@ -76,8 +85,6 @@ def test_it_is_this_users_alone_whatever_the_umask_is() -> None:
     try:
         written = announce()
         note_logs("c", "/tmp/ray/session/logs")
-        with os.fdopen(new_private(owner_log("c")), "w") as opened:
-            opened.write("up\n")
     finally:
         os.umask(before)
     assert find_session("c") == written
@@ -85,7 +92,6 @@ def test_it_is_this_users_alone_whatever_the_umask_is() -> None:
     assert {entry.name: mode(entry) for entry in session_dir().iterdir()} == {
         "c.json": 0o600,
         "c.logs": 0o600,
-        "c.log": 0o600,
     }
 
 
@@ -95,7 +101,7 @@ def test_a_folder_that_others_could_read_is_closed() -> None:
     assert mode(session_dir()) == 0o700
 
 
-@pytest.mark.parametrize("name", ["c.json", "c.logs", "c.log"])
+@pytest.mark.parametrize("name", ["c.json", "c.logs"])
 def test_no_link_is_written_through(name: str, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -105,7 +111,6 @@ def test_no_link_is_written_through(name: str, tmp_path: Path) -> None:
     (session_dir() / f"c.{os.getpid()}").symlink_to(victim)
     written = announce()
     note_logs("c", "/tmp/ray/session/logs")
-    os.close(new_private(owner_log("c")))
     assert victim.read_text() == "precious"
     assert not (session_dir() / name).is_symlink()
     assert find_session("c") == written
@@ -115,7 +120,7 @@ def test_a_folder_that_is_a_link_or_open_to_others_is_refused(tmp_path: Path) ->
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     session_dir().parent.mkdir()
     session_dir().symlink_to(tmp_path / "elsewhere")
-    for attempt in (announce, lambda: note_logs("c", "/x"), lambda: new_private(owner_log("c"))):
+    for attempt in (announce, lambda: note_logs("c", "/x")):
         with pytest.raises(ClusterError, match="is a symbolic link, which Moesaic does not follow"):
             attempt()
     session_dir().unlink()
@@ -215,7 +220,9 @@ def test_a_client_needs_no_more_than_the_standard_library_to_read_one() -> None:
         ("pid", "1"),
         ("pid", True),
         ("started", "now"),
-        ("embedded", "yes"),
+        ("ready", "yes"),
+        ("ray_folder", "/home/someone"),
+        ("ray_folder", "session_1"),
         ("name", "d"),
         ("url", "file:///etc/passwd"),
         ("url", "https://127.0.0.1:8000"),
@@ -291,85 +298,93 @@ def test_logs_of_a_start_are_read_with_the_same_care() -> None:
         logged_session("c")
 
 
-def test_a_log_that_is_a_link_is_not_shown(tmp_path: Path) -> None:
-    """Others of the user's files would be printed."""
-    (tmp_path / "secret").write_text("precious")
-    with os.fdopen(new_private(owner_log("c")), "w") as opened:
-        opened.write("up\n")
-    assert is_own(owner_log("c"))
-    owner_log("c").unlink()
-    owner_log("c").symlink_to(tmp_path / "secret")
-    assert not is_own(owner_log("c"))
-    assert not is_own(owner_log("d"))
-
-
-def test_a_background_start_does_not_print_through_a_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    session_dir().mkdir(parents=True, mode=0o700)
-    owner_log("c").symlink_to(victim)
-    spec = tmp_path / "spec.yaml"
-    spec.write_text("name: c\nmodels: [{name: m, path: /absent}]\n")
-    monkeypatch.setattr(run.sys, "executable", "/bin/false")
-    with pytest.raises(ClusterError, match="did not start"):
-        run.run_detached(str(spec))
-    assert victim.read_text() == "precious"
-    assert mode(owner_log("c")) == 0o600
-
-
-# ---- signalled ----------------------------------------------------------------------------------
+# ---- alive --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def process() -> Iterator[psutil.Process]:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A process as Ray's raylet is: by its name, and by the folder in its command line."""
+    monkeypatch.undo()
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path / "cache"))
+    program = tmp_path / "raylet"
+    program.write_text("#!/bin/sh\nread forever\n")
+    program.chmod(0o700)
+    raylet = subprocess.Popen([program, f"--session_dir={RAY_FOLDER}"], stdin=subprocess.PIPE)
     try:
-        yield psutil.Process(child.pid)
+        until = time.monotonic() + 10
+        while psutil.Process(raylet.pid).name() != "raylet":
+            assert time.monotonic() < until
+        yield raylet
     finally:
-        child.kill()
-        child.wait()
+        raylet.kill()
+        raylet.communicate()
 
 
-def owned(process: psutil.Process, **more: Any) -> ClusterSession:
-    announce()
-    values = json.loads(file().read_text())
-    values |= {"pid": process.pid, "started": process.create_time(), **more}
-    file().write_text(json.dumps(values))
-    return session._parsed(file().read_text(), "c")
-
-
-def test_down_signals_the_owner(process: psutil.Process) -> None:
-    Cluster(owned(process), None).down()
-    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
-def test_down_does_not_signal_a_later_process_with_that_pid(process: psutil.Process) -> None:
-    Cluster(owned(process, started=process.create_time() - 60), None).down()
+def test_a_cluster_on_its_own_ray_is_there_while_its_raylet_is(
+    own_ray: subprocess.Popen[bytes],
+) -> None:
+    written = announce()
+    assert find_session("c") == written
+    other = announce(name="d", ray_folder="/tmp/ray/session_2026_2")
+    assert not other.alive
+    own_ray.kill()
+    # It is a zombie until somebody waits for it.
+    until = time.monotonic() + 10
+    while psutil.Process(own_ray.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
     assert find_session("c") is None
-    assert process.is_running()
-    assert process.status() != psutil.STATUS_ZOMBIE
+    assert not file().exists()
 
 
-def test_down_does_not_signal_a_process_of_another_user(
-    process: psutil.Process, monkeypatch: pytest.MonkeyPatch
+def test_a_raylet_of_another_user_is_none_of_ours(
+    own_ray: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = owned(process)
+    written = announce()
+    assert written.alive
     monkeypatch.setattr(session.os, "getuid", lambda: STRANGER)
-    assert not mine.alive
-    Cluster(mine, None).down()
-    assert process.is_running()
-    assert process.status() != psutil.STATUS_ZOMBIE
+    assert not written.alive
 
 
-def test_down_waits_for_the_owner_and_says_so(
-    process: psutil.Process, monkeypatch: pytest.MonkeyPatch
+def test_a_cluster_on_another_ray_is_there_while_that_answers(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    mine = owned(process)
-    monkeypatch.setattr(ClusterSession, "end_owner", lambda self: None)
-    with pytest.raises(ClusterError, match="did not end cluster 'c' within 0 s"):
-        Cluster(mine, None).down(timeout_s=0.0)
+    monkeypatch.undo()
+    monkeypatch.setenv("MOESAIC_CACHE", str(cache / "cache"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        written = announce(ray_folder=None, ray_address=address)
+        assert find_session("c") == written
+    # Its GCS may come back.
+    assert find_session("c") is None
+    assert file().exists()
+
+
+def test_a_start_that_was_cut_off_is_told_from_one_under_way() -> None:
+    pid, began = this_process()
+    assert announce(pid=pid, started=began, ready=False).starts
+    with pytest.raises(ClusterError, match=f"still starting .process {pid}"):
+        need_session("c")
+    assert not announce(pid=pid, started=began).starts
+    for more in ({"started": began - 60}, {"pid": dead_process()}):
+        assert not announce(**({"pid": pid, "started": began, "ready": False} | more)).starts
+        with pytest.raises(ClusterError, match="was cut off; `moesaic down --name c` removes"):
+            need_session("c")
+
+
+def dead_process() -> int:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    return ended.pid
+
+
+def test_the_file_of_a_later_cluster_of_that_name_stays() -> None:
+    first = announce(pid=1)
+    later = announce(pid=2)
+    remove_session(first)
+    assert find_session("c") == later
+    remove_session(later)
+    assert not file().exists()
+    remove_session(later)
 
 
 def test_rays_token_is_shown_and_not_left_to_other_processes(

@@ -54,6 +54,7 @@ cluster/comparison                  cluster cluster/load cluster/planner cluster
 
 actors/text                         proto
 actors/runtime                      proto cluster cluster/planner cluster/routing cluster/spec
+actors/store                        proto cluster cluster/planner cluster/spec actors/runtime
 actors/transport                    proto kernels/slabs models/folder
 actors/transport/grpc               proto cluster cluster/training actors/transport
 actors/transport/bulk               proto kernels/slabs cluster cluster/training actors/transport
@@ -63,13 +64,13 @@ actors/engine                       proto cluster cluster/reports cluster/routin
 actors/engine/transformers_backend  proto cluster/routing actors/engine
 actors/router                       proto kernels kernels/grouped kernels/slabs models/trunk
                                     cluster cluster/load cluster/routing cluster/training
-                                    actors/runtime actors/transport actors/transport/grpc
-                                    actors/engine
+                                    actors/runtime actors/store actors/transport
+                                    actors/transport/grpc actors/engine
 actors/training                     proto kernels kernels/backward kernels/slabs
                                     kernels/training models/export models/trunk models/training
                                     cluster cluster/routing cluster/spec
-                                    cluster/training actors/runtime actors/transport/bulk
-                                    actors/router
+                                    cluster/training actors/runtime actors/store
+                                    actors/transport/bulk actors/router
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
                                     actors/runtime actors/text actors/engine actors/router
 actors/host/memory                  proto kernels kernels/backward kernels/slabs models/trunk
@@ -77,24 +78,25 @@ actors/host/memory                  proto kernels kernels/backward kernels/slabs
 actors/host                         proto kernels kernels/backward kernels/grouped kernels/slabs
                                     kernels/training
                                     models/folder models/trunk cluster cluster/host cluster/reports
-                                    cluster/routing cluster/training actors/runtime actors/transport
-                                    actors/transport/grpc actors/transport/bulk actors/host/memory
+                                    cluster/routing cluster/training actors/runtime actors/store
+                                    actors/transport actors/transport/grpc actors/transport/bulk
+                                    actors/host/memory
 actors/simulator                    proto kernels models/trunk cluster cluster/load cluster/host
                                     cluster/routing cluster/planner cluster/control
                                     cluster/scaling actors/transport actors/router
                                     actors/host/memory actors/host
 actors/trunk                        proto models/folder models/trunk models/training cluster
-                                    cluster/reports
-                                    actors/runtime actors/transport/grpc actors/engine
+                                    cluster/reports actors/runtime actors/store
+                                    actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router
                                     actors/engine/vllm_backend actors/host actors/training
 actors/router_service               proto kernels models/trunk cluster cluster/batching
                                     cluster/reports cluster/routing cluster/spec actors/runtime
-                                    actors/transport actors/transport/grpc actors/engine
-                                    actors/router
+                                    actors/store actors/transport actors/transport/grpc
+                                    actors/engine actors/router
 actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
                                     cluster/training cluster/control cluster/scaling cluster/spec
-                                    actors/runtime actors/host actors/router_service
+                                    actors/runtime actors/store actors/host actors/router_service
 actors/endpoint/openai              proto cluster/routing actors/text actors/engine
 actors/endpoint/http                proto cluster/reports cluster/service cluster/spec
                                     actors/runtime actors/engine actors/endpoint/openai
@@ -104,8 +106,8 @@ actors/preflight                    proto kernels/training models models/folder 
                                     cluster/planner cluster/scaling cluster/spec cluster/training
                                     actors/text actors/runtime actors/engine
 actors/serve                        proto models models/folder cluster cluster/reports
-                                    cluster/service cluster/routing cluster/scaling cluster/spec
-                                    actors/runtime actors/engine actors/trunk
+                                    cluster/service cluster/routing cluster/spec
+                                    actors/runtime actors/store actors/engine actors/trunk
                                     actors/router_service actors/controller actors/endpoint
                                     actors/endpoint/http actors/preflight
 """

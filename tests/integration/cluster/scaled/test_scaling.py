@@ -17,6 +17,7 @@ import pytest
 import ray
 
 from moesaic import Client
+from moesaic.actors.runtime.embedded_ray import started_processes
 from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
 from moesaic.cluster.reports.scaling import ScalingReport
 from moesaic.handle import Cluster
@@ -111,7 +112,7 @@ def test_a_host_that_dies_while_it_leaves_holds_nothing_up(pool: Cluster, client
 def things_open() -> Counter[str]:
     """Processes below this one, and the shared memory and sockets of each trunk and controller."""
     found: Counter[str] = Counter()
-    for process in psutil.Process().children(recursive=True):
+    for process in started_processes():
         try:
             # Ray's titles name the method that runs just now, too.
             name = " ".join(process.cmdline())[:60].partition(".")[0].strip()

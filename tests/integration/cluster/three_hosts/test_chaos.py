@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from moesaic import Client
+from moesaic.actors.runtime.embedded_ray import started_processes
 from moesaic.cluster.reports.status import MissingExpert
 from moesaic.handle import Cluster
 from moesaic.proto.errors import EngineError, MoesaicError
@@ -37,7 +38,7 @@ def trunk_process() -> psutil.Process:
     """Of this test's own cluster: a child of its Ray."""
     (found,) = [
         process
-        for process in psutil.Process().children(recursive=True)
+        for process in started_processes()
         if "ServeReplica" in process.name() + " ".join(process.cmdline())
         and "Trunk" in " ".join(process.cmdline())
     ]

@@ -14,14 +14,14 @@ import ray
 from ray.exceptions import RayTaskError
 
 from moesaic import Client
-from moesaic.actors.runtime.cluster_secret import make_secret, router_key_of, secret_of
-from moesaic.actors.runtime.durable_state import (
+from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
+from moesaic.actors.store.cluster_secret import make_secret, router_key_of, secret_of
+from moesaic.actors.store.durable_state import (
     claim_term,
     forget_all,
     store_constraints,
     stored_constraints,
 )
-from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
 from moesaic.cluster.planner.plan import OperatorConstraints
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from moesaic import Client
+from moesaic.actors.runtime.embedded_ray import started_processes
 from moesaic.handle import Cluster
 from tests.helpers.processes.listening import documented, listening
 from tests.helpers.processes.live import ON_RAY, text_of, wait_until
@@ -25,11 +26,10 @@ def listens(port: int) -> bool:
 
 
 def test_one_machine(pool: Cluster, client: Client, listening_before: set[tuple[str, str]]) -> None:
-    owner = psutil.Process()
     assert text_of(client, "m", 3)
 
     def found() -> set[tuple[str, str]]:
-        return listening([owner, *owner.children(recursive=True)]) - listening_before
+        return listening([psutil.Process(), *started_processes()]) - listening_before
 
     def expected() -> set[tuple[str, str]]:
         """What is documented, without those whose port another Ray of this machine has."""

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 import moesaic
-from moesaic.actors.runtime.cluster_secret import router_key_of, secret_of
 from moesaic.actors.runtime.log_lines import is_log_line
 from moesaic.actors.runtime.ray_border import namespace_of
+from moesaic.actors.store.cluster_secret import router_key_of, secret_of
 from moesaic.cli.main import main
 from moesaic.handle import Cluster
 from moesaic.proto.errors import SpecError

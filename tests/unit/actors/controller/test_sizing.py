@@ -11,7 +11,7 @@ from moesaic.cluster.scaling.fleet import Fleet
 from tests.helpers.cluster.fake_clock import FakeClock
 
 
-async def test_an_owner_that_asks_no_more_is_a_problem_until_it_asks_again() -> None:
+async def test_a_provisioner_that_asks_no_more_is_a_problem_until_it_asks_again() -> None:
     clock = FakeClock()
     fleet = Fleet([FleetGroup(count=2, min_count=1, max_count=2)], ScalePolicy(), pending_s=1.0)
     control = Control(fleet.pool_hosts(), term=1, policy=ControlPolicy())
@@ -21,6 +21,6 @@ async def test_an_owner_that_asks_no_more_is_a_problem_until_it_asks_again() -> 
     clock.now += 15.0
     problem = sizing.status(clock()).problem
     assert problem is not None
-    assert "has not asked which hosts to run for 30 s" in problem
+    assert "has started and ended no hosts for 30 s" in problem
     await sizing.desired(None, 0.0)
     assert sizing.status(clock()).problem is None

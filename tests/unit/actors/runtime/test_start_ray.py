@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
 from moesaic.actors.runtime import ray_border
+from moesaic.actors.runtime.embedded_ray import EmbeddedRay
 from moesaic.cluster.spec.spec import parse_spec
 
 
@@ -24,8 +26,13 @@ def test_every_instance_of_a_gpu_is_one_of_rays_gpus(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_border, "start_embedded", lambda said, **options: told.append(options))
-    monkeypatch.setattr(ray_border, "_need_token", lambda spec: None)
-    monkeypatch.setattr(ray_border, "_embedded", ray_border._Embedded())
+
+    def start(said: object, **options: Any) -> EmbeddedRay:
+        told.append(options)
+        return EmbeddedRay("127.0.0.1:1", Path("/r"))
+
+    monkeypatch.setattr(ray_border, "start_embedded", start)
+    monkeypatch.setattr(ray_border, "join_ray", lambda *_, **__: None)
+    monkeypatch.setattr(ray_border, "_embedded", [])
     assert ray_border.start_ray(parse_spec({}))
     assert [one["num_gpus"] for one in told] == [wanted]

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.actors.controller import host_provisioner as keeper_file
-from moesaic.actors.controller.host_provisioner import HostProvisioner
+from moesaic.actors.controller import host_provisioner as provisioner
+from moesaic.actors.controller.host_provisioner import end_hosts
 from moesaic.cli.ending import INTERRUPTED, EndSignals
 from moesaic.cluster.service.draining import FLUSH_S, GRACE_S, SILENT_S, Draining
 from moesaic.handle import Cluster
@@ -101,18 +101,15 @@ def test_a_host_that_cannot_be_ended_keeps_no_other_alive(monkeypatch: pytest.Mo
         assert timeout > 0
         assert killed == [], "they leave before they are killed"
 
-    monkeypatch.setattr(keeper_file.ray, "kill", kill)
-    monkeypatch.setattr(keeper_file.ray, "wait", wait)
-    monkeypatch.setattr(keeper_file, "PAUSE_S", 60.0)
-    unused: Any = None
     hosts = {name: Mock(**{"leave.remote.return_value": "left"}) for name in "abc"}
     for name, host in hosts.items():
         host.name = name
-    keeper = HostProvisioner(unused, unused, hosts)
+    monkeypatch.setattr(provisioner.ray, "kill", kill)
+    monkeypatch.setattr(provisioner.ray, "wait", wait)
+    monkeypatch.setattr(provisioner.ray, "get_actor", lambda name, namespace: hosts[name])
     with pytest.raises(RuntimeError, match="no answer"):
-        keeper.close()
+        end_hosts("n", "abc")
     assert sorted(killed) == ["a", "b", "c"]
-    assert not keeper.hosts
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -120,7 +117,7 @@ def test_a_trunk_that_does_not_close_keeps_nothing_else_running(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     ended: list[str] = []
-    monkeypatch.setattr("moesaic.handle.remove_session", lambda name: ended.append(name))
+    monkeypatch.setattr("moesaic.handle.remove_session", lambda session: ended.append(session.name))
 
     class Part:
         def __init__(self, name: str) -> None:
@@ -131,18 +128,13 @@ def test_a_trunk_that_does_not_close_keeps_nothing_else_running(
             if self._name == "trunk-1":
                 raise error("it does not")
 
-    launched: Any = Part("launched")
-    session = ClusterSession(
-        name="c", pid=os.getpid(), started=0.0, ray_address="", embedded=True, url=None
-    )
-    cluster = Cluster(session, launched)
+    monkeypatch.setattr(Cluster, "_end", lambda *_: ended.append("cluster"))
+    cluster = Cluster(ClusterSession(name="c", pid=os.getpid(), started=0.0, ray_address=""))
     trunks: Any = cluster._trunks
     trunks += [Part("trunk-0"), Part("trunk-1"), Part("trunk-2")]
     with pytest.raises(error):
         cluster.down()
-    assert ended == ["trunk-2", "trunk-1", "trunk-0", "launched", "c"]
-    cluster.down()
-    assert len(ended) == 5
+    assert ended == ["trunk-2", "trunk-1", "trunk-0", "cluster", "c"]
 
 
 # ---- signals -------------------------------------------------------------------------------------

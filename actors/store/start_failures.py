@@ -22,7 +22,7 @@ from ray.experimental.internal_kv import (
 )
 
 from ...proto.errors import describe_error
-from .ray_border import cluster_of
+from ..runtime.ray_border import cluster_of
 
 PartKind = Literal["host", "trunk", "router", "ingress"]
 # A part that comes later here may have failed because an earlier one did.

@@ -10,7 +10,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from ...proto.errors import ClusterError
 from ...proto.keys import ClusterSecret
-from .ray_border import cluster_of
+from ..runtime.ray_border import cluster_of
 
 _SECRET, _ROUTER_KEY = "secret", "router-key"
 

@@ -1,4 +1,4 @@
-"""State in Ray's key-value store: controllers' terms, constraints, the fleet, and of models.
+"""State in Ray's key-value store: the cluster as it was asked for, and what controllers decided.
 
 A controller claims a term by writing its key only if it is absent, so no two controllers ever have
 the same term. A later term is higher, even if the store was lost, because a term is at least the
@@ -21,10 +21,23 @@ from ray.experimental.internal_kv import (
 
 from ...cluster.expert_keys import ExpertKey
 from ...cluster.planner.plan import OperatorConstraints
+from ...cluster.spec.deployment import Deployment
 from .start_failures import forget_start_failures
 
+_DEPLOYMENT = "deployment"
 _LATEST, _CONSTRAINTS, _FLEET, _ASLEEP = "latest-term", "constraints", "fleet", "asleep"
 _UPDATES = "updates-"  # and the term
+
+
+def store_deployment(namespace: str, deployment: Deployment) -> None:
+    """Store what the cluster is to be, before its controller starts."""
+    _internal_kv_put(_DEPLOYMENT, deployment.to_json(), overwrite=True, namespace=namespace)
+
+
+def stored_deployment(namespace: str) -> Deployment | None:
+    """Return what the cluster is to be; None: there is none. Raises ClusterError."""
+    text = _internal_kv_get(_DEPLOYMENT, namespace=namespace)
+    return Deployment.from_json(text) if text else None
 
 
 def claim_term(namespace: str) -> int:
@@ -103,8 +116,8 @@ def stored_updates(namespace: str, term: int) -> dict[str, Any] | None:
 
 
 def forget_last(namespace: str) -> None:
-    """Delete what an earlier cluster of this name left because its owner was killed."""
-    for key in (_CONSTRAINTS, _FLEET, _ASLEEP):
+    """Delete what an earlier cluster of this name left and could not remove itself."""
+    for key in (_DEPLOYMENT, _CONSTRAINTS, _FLEET, _ASLEEP):
         _internal_kv_del(key, namespace=namespace)
     _internal_kv_del(_UPDATES, del_by_prefix=True, namespace=namespace)
     forget_start_failures(namespace)

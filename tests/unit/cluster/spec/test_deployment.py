@@ -1,0 +1,26 @@
+"""The record of a cluster is read as it was written."""
+
+from __future__ import annotations
+
+import pytest
+
+from moesaic.cluster.placement import ModelRef, ModelShape
+from moesaic.cluster.spec.deployment import Deployment
+from moesaic.cluster.spec.spec import load_spec
+from moesaic.proto.errors import ClusterError
+from tests.helpers.paths import ROOT
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "training.yaml"])
+def test_a_record_is_read_as_it_was_written(name: str) -> None:
+    ref = ModelRef(name="m", dtype="bfloat16", path="/m", config={"layers": [1]}, learns=True)
+    shape = ModelShape(model="m", experts={0: 8, 3: 16}, replicas=2, expert_bytes=1 << 20)
+    written = Deployment(
+        spec=load_spec(ROOT / "deploy" / name), models=[(ref, shape)], router="127.0.0.1:8001"
+    )
+    assert Deployment.from_json(written.to_json()) == written
+
+
+def test_another_versions_record_is_refused() -> None:
+    with pytest.raises(ClusterError, match="stored state is not of this version"):
+        Deployment.from_json('{"spec": {"hosts": "many"}}')
