@@ -16,7 +16,6 @@ from functools import partial
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from ...cluster.control.commands import EndRun, Evict, MakePlan, Publish
-from ...cluster.control.control import Control
 from ...cluster.control.host_speed import Work
 from ...cluster.control.loading import LoadExperts
 from ...cluster.control.pool_view import Observation, without
@@ -30,7 +29,6 @@ from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
 from ...cluster.reports.scaling import ScalingReport
 from ...cluster.reports.status import ClusterStatus
 from ...cluster.reports.updates import WeightUpdateReport
-from ...cluster.scaling.fleet import Fleet
 from ...cluster.training.runs import BegunTraining, TrainingNews
 from ...cluster.update_folder import UpdateFolder
 from ...proto.errors import CheckpointError, ClusterError, describe_error
@@ -40,15 +38,7 @@ from ..router_service.service_actor import ServiceWatch
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of
 from ..store.cluster_secret import secret_of
-from ..store.durable_state import (
-    claim_term,
-    store_updates,
-    stored_asleep,
-    stored_constraints,
-    stored_deployment,
-    stored_fleet,
-    stored_updates,
-)
+from ..store.durable_state import claim_term, store_updates
 from .events import Events
 from .host_actors import HostActors
 from .host_orders import HostOrders
@@ -56,6 +46,7 @@ from .host_polling import HostPolling, PollResult
 from .host_provisioner import HostProvisioner, HostStarter
 from .operations import Operations
 from .overview import LoopState, Overview
+from .restoring import restore
 from .sizing import Sizing
 from .training import Training
 from .weight_updating import WeightUpdating
@@ -86,29 +77,15 @@ class Controller:
     ) -> None:
         """Control the cluster whose `Deployment` is stored. Raises ClusterError."""
         begin_process("controller", "controller", cluster_of(namespace))
-        deployment = stored_deployment(namespace)
-        if deployment is None:
-            raise ClusterError(f"cluster {cluster_of(namespace)!r}: nothing says what it is to be")
-        spec = deployment.spec
-        groups = [group.fleet for group in spec.hosts]
         self._namespace = namespace
         self._clock = clock
         self._wake = asyncio.Event()  # set when the loop should tick soon
         self._hurried = asyncio.Event()  # set when it should tick at once
         self._term = claim_term(namespace)
-        pending_s = spec.autoscale.pending_s
-        first = Fleet(groups, spec.autoscale.policy, pending_s=pending_s).desired()
-        fleet = Fleet(
-            groups, spec.autoscale.policy, pending_s=pending_s, kept=stored_fleet(namespace)
+        deployment, self._control, fleet, first, self._follows_another = restore(
+            namespace, self._term, self._clock()
         )
-        self._control = Control(fleet.pool_hosts(), term=self._term, policy=spec.balance.policy)
-        fleet.take_over(self._control)
-        self._control.set_constraints(stored_constraints(namespace))
-        self._control.idle_models.keep_asleep(stored_asleep(namespace))
-        updates = stored_updates(namespace, self._term)
-        self._follows_another = updates is not None
-        if updates is not None:
-            self._control.restore(updates)
+        spec = deployment.spec
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in deployment.models:
             self._adopt(ref, shape)
@@ -406,6 +383,7 @@ class Controller:
             self._polling.forget(host)
             self._hosts.forget(host)
         self._events.tick()
+        self._operations.keep_history()
         for command in commands:
             match command:
                 case LoadExperts() | Evict() | EndRun():

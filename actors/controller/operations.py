@@ -25,7 +25,7 @@ from ...cluster.planner.plan import OperatorConstraints, Plan
 from ...cluster.reports.placing import ChangeReport, DrainPhase, DrainReport, PlanReport
 from ...cluster.spec.text import bytes_of
 from ...proto.errors import ClusterError
-from ..store.durable_state import store_constraints
+from ..store.durable_state import store_constraints, store_history
 
 # How long to retry the plan for a constraint if the pool changes while the plan is made.
 PLAN_S = 60.0
@@ -46,6 +46,7 @@ class Operations:
         self._namespace = namespace
         self._wake = wake
         self._clock = clock
+        self._kept_marks = control.changes.marks()
 
     async def plan(self, budget: int | str | None = None) -> PlanReport:
         """Return what a rebalance would do now, without changing anything."""
@@ -68,17 +69,29 @@ class Operations:
 
     async def change(self, number: int | None = None) -> ChangeReport:
         """Return one change (None: the last one), and how many replicas are not loaded yet."""
-        return self._report(self._change(number), self._clock())
+        told = self._told(number)
+        return self._report(self._change(number), self._clock()) if told is None else told
 
     async def history(self) -> list[ChangeReport]:
         now = self._clock()
         pending = self._control.pending()
-        changes = self._control.changes.all
-        return [change.report(now, pending_moves=pending) for change in changes]
+        return self._control.changes.reports(now, pending_moves=pending)
+
+    def keep_history(self) -> None:
+        """Store the history for a restarted controller, if it has changed."""
+        changes = self._control.changes
+        if (marks := changes.marks()) != self._kept_marks:
+            store_history(self._namespace, changes.snapshot(self._clock()))
+            self._kept_marks = marks
 
     async def rollback(self, number: int | None = None) -> ChangeReport:
         """Restore the placement from before a change (None: before the last one)."""
         now = self._clock()
+        if (told := self._told(number)) is not None:
+            raise ClusterError(
+                f"change: {told.id} was made before the controller was restarted, and only its "
+                "report is left; `moesaic rebalance` makes a new plan"
+            )
         change = self._change(number)
         self._control.roll_back(change, now)
         self._wake()
@@ -151,15 +164,23 @@ class Operations:
         except ValueError as error:
             raise ClusterError(f"budget: {error}") from error
 
+    def _told(self, number: int | None) -> ChangeReport | None:
+        """Return the report of a change of an earlier controller; None: it is none of those."""
+        changes = self._control.changes
+        if changes.find(number) is not None:
+            return None
+        now = self._clock()
+        found = [one.report(now) for one in changes.earlier if number in (None, one.told.id)]
+        return found[-1] if found else None
+
     def _change(self, number: int | None) -> Change:
         change = self._control.changes.find(number)
         if change is None:
-            known = [str(change.id) for change in self._control.changes.all]
+            known = [str(one.id) for one in self._control.changes.reports(0.0, pending_moves=0)]
             if number is None:
-                raise ClusterError("change: this controller has made no change yet")
+                raise ClusterError("change: no change has been made yet")
             raise ClusterError(
-                f"change: {number} is unknown; this controller has made the changes "
-                f"{', '.join(known) or 'none'}"
+                f"change: {number} is unknown; the changes are {', '.join(known) or 'none'}"
             )
         return change
 

@@ -229,7 +229,8 @@ class Overview:
 
     def _balancing(self, vitals: Vitals, now: float) -> BalancingStatus:
         control = self.control
-        pending, last = control.pending(), control.changes.find(None)
+        pending = control.pending()
+        told = control.changes.reports(now, pending_moves=pending)
         return BalancingStatus(
             automatic=control.policy.auto,
             plan_age_s=_rounded(vitals.plan_age_s),
@@ -238,7 +239,7 @@ class Overview:
             arrival_age_s=_rounded(vitals.move_age_s),
             pending_moves=pending,
             draining_hosts=sorted(control.leaving),
-            last_change=None if last is None else last.report(now, pending_moves=pending),
+            last_change=told[-1] if told else None,
         )
 
     def _host_status(self, host: str, obstacles: Mapping[str, str], now: float) -> HostStatus:

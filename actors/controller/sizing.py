@@ -108,7 +108,7 @@ class Sizing:
                 f"the controller has started and ended no hosts for {age_s:.0f} s: Ray's GCS may "
                 "be down; `moesaic logs controller` has more"
             )
-        return self._fleet.report(self._control, now, provisioner_age_s=age_s, problem=problem)
+        return self._fleet.report(self._control, now, owner_age_s=age_s, problem=problem)
 
     def waiting(self, host: str, now: float) -> str | None:
         """Return what a host that has not started yet waits for."""

@@ -26,6 +26,7 @@ from .start_failures import forget_start_failures
 
 _DEPLOYMENT = "deployment"
 _LATEST, _CONSTRAINTS, _FLEET, _ASLEEP = "latest-term", "constraints", "fleet", "asleep"
+_HISTORY = "history"
 _UPDATES = "updates-"  # and the term
 
 
@@ -92,6 +93,21 @@ def stored_asleep(namespace: str) -> frozenset[str]:
     return frozenset(json.loads(text)) if text else frozenset()
 
 
+def store_history(namespace: str, changes: list[dict[str, Any]]) -> None:
+    """Store the result of `ChangeHistory.snapshot` for a restarted controller."""
+    value = {"at": time.time(), "changes": changes}
+    _internal_kv_put(_HISTORY, json.dumps(value), overwrite=True, namespace=namespace)
+
+
+def stored_history(namespace: str) -> tuple[list[dict[str, Any]], float]:
+    """Return what `store_history` has stored, and how many seconds ago."""
+    text = _internal_kv_get(_HISTORY, namespace=namespace)
+    if not text:
+        return [], 0.0
+    value = json.loads(text)
+    return value["changes"], max(0.0, time.time() - value["at"])
+
+
 def store_updates(namespace: str, term: int, value: dict[str, Any]) -> bool:
     """Store the result of `WeightUpdates.snapshot` for a later controller.
 
@@ -117,7 +133,7 @@ def stored_updates(namespace: str, term: int) -> dict[str, Any] | None:
 
 def forget_last(namespace: str) -> None:
     """Delete what an earlier cluster of this name left and could not remove itself."""
-    for key in (_DEPLOYMENT, _CONSTRAINTS, _FLEET, _ASLEEP):
+    for key in (_DEPLOYMENT, _CONSTRAINTS, _FLEET, _ASLEEP, _HISTORY):
         _internal_kv_del(key, namespace=namespace)
     _internal_kv_del(_UPDATES, del_by_prefix=True, namespace=namespace)
     forget_start_failures(namespace)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..expert_keys import LayerKey
 from ..placement import LayerPlacement
@@ -75,12 +76,51 @@ class Change:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class EarlierChange:
+    """A change of an earlier controller, of which only the report is left."""
+
+    began: float
+    told: ChangeReport
+
+    def report(self, now: float) -> ChangeReport:
+        return self.told.model_copy(update={"age_s": round(now - self.began, 1)})
+
+
 class ChangeHistory:
     """The most recent changes, the newest last."""
 
     def __init__(self) -> None:
         self.all: list[Change] = []
+        self.earlier: list[EarlierChange] = []
         self._next = 1
+
+    def snapshot(self, now: float) -> list[dict[str, Any]]:
+        """Return what a later controller must know of the changes, as JSON values."""
+        return [one.model_dump(mode="json") for one in self.reports(now, pending_moves=0)]
+
+    def restore(self, kept: Sequence[Mapping[str, Any]], now: float, *, passed_s: float) -> None:
+        """Take over what `snapshot` of an earlier controller returned ``passed_s`` ago.
+
+        A change that was loading has ended with that controller: the next plan supersedes it.
+        """
+        for values in kept:
+            told = ChangeReport.model_validate(values)
+            began = now - passed_s - told.age_s
+            if told.under_way:
+                told = told.model_copy(update={"phase": ChangePhase.SUPERSEDED})
+            self.earlier.append(EarlierChange(began, told))
+            self._next = max(self._next, told.id + 1)
+
+    def marks(self) -> list[tuple[int, ChangePhase, bool]]:
+        """Return what changes when `snapshot` is worth storing again."""
+        return [(one.id, one.phase, one.impact is not None) for one in self.all]
+
+    def reports(self, now: float, *, pending_moves: int) -> list[ChangeReport]:
+        """Return the reports of the most recent changes, those of earlier controllers too."""
+        earlier = [one.report(now) for one in self.earlier]
+        own = [one.report(now, pending_moves=pending_moves) for one in self.all]
+        return [*earlier, *own][-_KEPT:]
 
     def begin(
         self,

@@ -82,7 +82,7 @@ class ScalingStatus(Report):
     """Why the autoscaler does nothing although it would, in words."""
     problem: str | None
     """What keeps hosts from starting, in words."""
-    provisioner_age_s: float
+    owner_age_s: float
     """Time since the controller's thread that starts and ends hosts last asked which there should
     be."""
     recent: list[ScalingReport]

@@ -149,7 +149,7 @@ class Fleet:
         return list(self._retired)
 
     def report(
-        self, control: Control, now: float, *, provisioner_age_s: float, problem: str | None
+        self, control: Control, now: float, *, owner_age_s: float, problem: str | None
     ) -> ScalingStatus:
         """Return the status; ``problem`` is what keeps hosts from starting."""
         load = self.autoscaler.load
@@ -168,7 +168,7 @@ class Fleet:
             leaving_hosts=list(self._retired),
             pause_reason=self.autoscaler.held or None,
             problem=problem,
-            provisioner_age_s=round(provisioner_age_s, 1),
+            owner_age_s=round(owner_age_s, 1),
             recent=[self.scaling_report(one, control, now) for one in self.scalings.all[-_SHOWN:]],
         )
 

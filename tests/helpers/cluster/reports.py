@@ -90,7 +90,7 @@ _CLUSTER = ClusterStatus(
         leaving_hosts=[],
         pause_reason=None,
         problem=None,
-        provisioner_age_s=1.0,
+        owner_age_s=1.0,
         recent=[],
     ),
     routers=[],

@@ -77,10 +77,11 @@ def test_a_host_is_told_what_its_group_may_take(monkeypatch: pytest.MonkeyPatch)
     told: list[dict[str, Any]] = []
     actor = SimpleNamespace(remote=lambda name, **asked: told.append(asked))
     monkeypatch.setattr(ray, "remote", lambda _: SimpleNamespace(options=lambda **_: actor))
+    monkeypatch.setattr(ray, "nodes", list)
     groups = [{"num_gpus": 0.3}, {"gpu_memory": "2GB"}]
-    starter = HostStarter(parse_spec({"hosts": groups}), "n", 1)
+    starter = HostStarter(parse_spec({"hosts": groups}), "n", {}, dict)
     for number in range(2):
-        starter.start(f"h{number}", number, "SPREAD")
+        starter.start(f"host-{number}", number, {})
     assert [one["share"] for one in told] == [
         CardShare(key="hosts.0", num_gpus=0.3),
         CardShare(key="hosts.1", gpu_memory=2 * 10**9),

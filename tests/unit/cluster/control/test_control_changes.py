@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from moesaic.cluster.control.changes import ChangeHistory
 from moesaic.cluster.control.control import ControlPolicy
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.planner.plan import OperatorConstraints
@@ -136,3 +138,37 @@ def test_what_only_memory_held_and_is_lost_keeps_no_change_under_way() -> None:
     assert {key.model for key in world.control.missing()} == {"memory"}
     assert world.control.pending() == 0
     assert world.control.changes.all[-1].phase is not ChangePhase.LOADING
+
+
+def test_the_next_controller_tells_of_the_changes_and_numbers_its_own_after_them() -> None:
+    world = started(2, replicas=1, slots=8)
+    for _ in range(40):
+        world.report("r0", hot(world))
+        finish(world, 1)
+    first = world.control.changes
+    told = first.reports(world.now, pending_moves=0)
+    assert told[-1].measured is not None
+    assert first.marks() == [(one.id, one.phase, one.measured is not None) for one in told]
+    loading = told[-1].model_copy(update={"id": told[-1].id + 1, "phase": ChangePhase.LOADING})
+    kept = [*first.snapshot(world.now), loading.model_dump(mode="json")]
+
+    later = ChangeHistory()
+    later.restore(json.loads(json.dumps(kept)), 5.0, passed_s=20.0)
+    assert later.marks() == []
+    *same, ended = later.reports(6.0, pending_moves=3)
+    assert [one.model_copy(update={"age_s": 0.0}) for one in same] == [
+        one.model_copy(update={"age_s": 0.0}) for one in told
+    ]
+    assert same[0].age_s == pytest.approx(told[0].age_s + 21.0)
+    assert (ended.phase, ended.under_way) == (ChangePhase.SUPERSEDED, False)
+    plan = first.all[-1].plan
+    assert later.begin(plan, {}, 6.0, who="me", why="asked for").id == ended.id + 1
+    assert later.find(ended.id) is None
+    # A third controller knows them all.
+    third = ChangeHistory()
+    third.restore(later.snapshot(7.0), 0.0, passed_s=0.0)
+    assert [one.id for one in third.reports(0.0, pending_moves=0)] == [
+        *(one.id for one in told),
+        ended.id,
+        ended.id + 1,
+    ]

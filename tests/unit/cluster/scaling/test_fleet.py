@@ -205,7 +205,7 @@ def test_a_pool_scales_with_its_load() -> None:
     assert len(world.hosts) == 4
     work(0.05, 200)
     assert len(world.hosts) == 2
-    status = world.fleet.report(world.control, world.now, provisioner_age_s=0.0, problem=None)
+    status = world.fleet.report(world.control, world.now, owner_age_s=0.0, problem=None)
     assert [(one.target_hosts, one.phase) for one in status.recent] == [
         (4, "done"),
         (3, "done"),
