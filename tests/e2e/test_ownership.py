@@ -19,6 +19,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.processes.keepers import keepers
 from tests.helpers.processes.listening import kind_of
 from tests.helpers.processes.live import TEXT, greedy, text_of
+from tests.helpers.processes.live import wait_until as settles
 from tests.helpers.processes.started import (
     ENVIRONMENT,
     Running,
@@ -29,7 +30,7 @@ from tests.helpers.processes.started import (
 )
 from tests.integration.conftest import save_model
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 STREAMS, TOKENS = 16, 200
 
@@ -39,18 +40,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), "mixtral")
 
 
-def moesaic(running: Running, *words: str) -> str:
+def command(running: Running, *words: str) -> subprocess.CompletedProcess[str]:
     """A command of the same user, which knows the cluster by its session file alone."""
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "moesaic.cli.main", *words, "--name", running.name],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT, "MOESAIC_CACHE": str(running.session.parents[1])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
+
+
+def moesaic(running: Running, *words: str) -> str:
+    done = command(running, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def hosts_told(running: Running) -> list[str]:
+    """Those that are up; none while the controller is restarted."""
+    done = command(running, "status", "--json")
+    told = json.loads(done.stdout)["cluster"] if done.returncode == 0 else None
+    return [host["name"] for host in (told or {"hosts": []})["hosts"] if host["state"] == "up"]
 
 
 def stream(client: Client, begun: threading.Semaphore) -> str:
@@ -91,8 +103,7 @@ def test_whatever_is_killed_answers_end_whole(folder: Path, tmp_path: Path) -> N
                 assert not any(one.done() for one in texts), "they ended before anything was killed"
                 assert {one.result(120) for one in texts} == {expected}, kind
                 # The others do their work, and the controller's successor knows them.
-                report = json.loads(moesaic(running, "status", "--json"))
-                assert [host["name"] for host in report["hosts"]] == ["host-0", "host-1"]
+                settles(lambda: hosts_told(running) == ["host-0", "host-1"], 60)
             running.process.wait(10)
             moesaic(running, "scale", "3")
             assert text_of(client, "m", TOKENS) == expected
@@ -109,7 +120,7 @@ def test_a_start_that_is_cut_off_is_cleaned_up_by_the_next_command(
     folder: Path, tmp_path: Path, finished_by: str
 ) -> None:
     with starting(folder, tmp_path) as running:
-        wait_until(lambda: "starting hosts" in running.said, running, 120)
+        wait_until(lambda: "starting hosts" in running.said, running, 240)
         running.look()
         running.process.kill()
         running.process.wait(10)

@@ -103,7 +103,7 @@ def starting(
 @contextmanager
 def up(folder: Path, tmp_path: Path, **spec: Any) -> Iterator[Running]:
     with starting(folder, tmp_path, **spec) as running:
-        wait_until(lambda: "Ctrl-C ends the cluster" in running.said, running, 120)
+        wait_until(lambda: "Ctrl-C ends the cluster" in running.said, running, 240)
         running.look()
         yield running
 
