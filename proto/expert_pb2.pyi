@@ -125,8 +125,16 @@ class ExpertVersion(_message.Message):
     version: int
     def __init__(self, expert: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
+class Trace(_message.Message):
+    __slots__ = ("trace_ids", "span_id")
+    TRACE_IDS_FIELD_NUMBER: _ClassVar[int]
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    trace_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    span_id: bytes
+    def __init__(self, trace_ids: _Optional[_Iterable[bytes]] = ..., span_id: _Optional[bytes] = ...) -> None: ...
+
 class Call(_message.Message):
-    __slots__ = ("seq", "model", "layer", "term", "epoch", "incarnation", "timeout_us", "rows", "hidden", "top_k", "dtype", "exact", "slot", "version", "other_versions", "payload_bytes", "payload", "more", "checksum", "attempt", "step", "keep")
+    __slots__ = ("seq", "model", "layer", "term", "epoch", "incarnation", "timeout_us", "rows", "hidden", "top_k", "dtype", "exact", "slot", "version", "other_versions", "payload_bytes", "payload", "more", "checksum", "attempt", "step", "keep", "trace")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +157,7 @@ class Call(_message.Message):
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     seq: int
     model: str
     layer: int
@@ -171,7 +180,8 @@ class Call(_message.Message):
     attempt: int
     step: int
     keep: bool
-    def __init__(self, seq: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., timeout_us: _Optional[int] = ..., rows: _Optional[int] = ..., hidden: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., exact: _Optional[bool] = ..., slot: _Optional[int] = ..., version: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[ExpertVersion, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., checksum: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., keep: _Optional[bool] = ...) -> None: ...
+    trace: Trace
+    def __init__(self, seq: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., timeout_us: _Optional[int] = ..., rows: _Optional[int] = ..., hidden: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., exact: _Optional[bool] = ..., slot: _Optional[int] = ..., version: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[ExpertVersion, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., checksum: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., keep: _Optional[bool] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("call", "step", "microbatch", "attempt", "run", "part", "worker")

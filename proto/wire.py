@@ -17,7 +17,7 @@ from .errors import CallError
 from .expert_pb2 import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Call, DType
 from .limits import MAX_HIDDEN, MAX_PAYLOAD_BYTES, MAX_TOP_K
 
-WIRE_VERSION = 7
+WIRE_VERSION = 8
 ALIGNMENT_BYTES = 64
 
 DTYPE_TO_WIRE: dict[torch.dtype, DType] = {

@@ -23,6 +23,7 @@ from ..engine.engine import RequestLimits, Sampling
 from ..engine.served_model import ServedModel, TextDelta
 from ..text.thinking import Thinking
 from ..text.tool_calls import Calls
+from ..tracing.http import TraceMiddleware
 from .embeddings import add_embeddings
 from .http.bodies import Bodies, BodyLimits
 from .http.edge import (
@@ -40,7 +41,7 @@ from .http.edge import (
 from .http.gate import Gate, GateMiddleware
 from .http.health import Health, ModelHealth
 from .http.metrics import HttpMetrics
-from .http.probes import add_health
+from .http.probes import add_health, is_probe
 from .openai.answers import (
     AnswerFormatter,
     ChatFormatter,
@@ -89,6 +90,7 @@ def create_app(
     app.add_middleware(ErrorMiddleware)
     if cors_origins:
         allow_cors(app, cors_origins)
+    app.add_middleware(TraceMiddleware, passes=is_probe)
     app.add_middleware(EdgeMiddleware, metrics=metrics, guard=guard or WebGuard(loopback=False))
     ready = {name: ModelHealth() for name in models}
     add_health(app, health or Health(ready, aliases, leaving=lambda: gate.ending))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...cluster.tracing.layers import StepTrace
 from ...proto.errors import EngineError, MoesaicError, RequestError, describe_error
 from .engine import Pooling
 from .sampling import not_finite
@@ -178,9 +179,9 @@ class Encoder:
         for text in self._owners(rows):
             self._faults.setdefault(text, error)
 
-    def log_step(self, router: str, step: int) -> None:
+    def log_step(self, router: str, step: int) -> StepTrace | None:
         """Log whose texts are in the forward pass; see `TransformersEngine.log_step`."""
-        log_step(router, step, lambda: [text.request_id for text in self._batch])
+        return log_step(router, step, lambda: [text.request_id for text in self._batch])
 
     def _owners(self, rows: Sequence[int]) -> Iterator[int]:
         """Yield the texts of those rows that are not padding."""

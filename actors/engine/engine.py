@@ -46,6 +46,7 @@ class Sampling:
     priority: int = 0  # requests with a smaller number leave the queue sooner
     missing: MissingExpert = WAIT
     experts_per_token: int | None = None  # None: as many as the model's gates choose
+    traceparent: str | None = None  # the caller's span, if the request is sampled
 
     @property
     def expert_options(self) -> ExpertOptions:

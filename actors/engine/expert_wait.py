@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from ...cluster.routing.expert_options import SHORT_WAIT_S
+from ...cluster.tracing.stages import RequestTrace
 from ...proto.errors import ExpertUnavailable
 from .engine import Delta, Sampling
 
@@ -57,8 +58,9 @@ class ParkedRequests:
         prompt_ids: Sequence[int],
         sampling: Sampling,
         already: Sequence[int] = (),
+        trace: RequestTrace | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Yield the tokens of all attempts as one stream.
+        """Yield the tokens of all attempts as one stream; ``trace`` gets to know of waits.
 
         Raises ExpertUnavailable when a request waits too long, for one expert or several,
         without a token in between.
@@ -81,7 +83,11 @@ class ParkedRequests:
             except ExpertUnavailable as error:
                 if sampling.missing.mode != "wait" or error.is_back is None:
                     raise
+                if trace is not None:
+                    trace.parked()
                 await self._park(stay, error, error.is_back)
+                if trace is not None:
+                    trace.unparked()
 
     def _patience_s(self, sampling: Sampling) -> float:
         asked = sampling.missing.wait_s

@@ -22,6 +22,7 @@ from ..text.marked_text import MarkedText
 from ..text.thinking import Thinking
 from ..text.tool_calls import Calls, ToolCall
 from ..text.vocabulary import Vocabulary
+from ..tracing.request_span import stage
 from .engine import Delta, FinishReason, Generate, Pooling, RequestLimits, Sampling, TokenLogprob
 from .resuming import resuming
 
@@ -99,7 +100,8 @@ class ServedModel:
         long.
         """
         self._check_length(len(prompt), "prompt")
-        return await asyncio.to_thread(self._vocabulary.encode, prompt)
+        with stage("tokenize"):
+            return await asyncio.to_thread(self._vocabulary.encode, prompt)
 
     async def encode_chat(
         self,
@@ -113,7 +115,8 @@ class ServedModel:
         """
         said = sum(len(message.get("content") or "") for message in messages)
         self._check_length(said, "messages")
-        return await asyncio.to_thread(self._encode_chat, messages, tools, options)
+        with stage("tokenize"):
+            return await asyncio.to_thread(self._encode_chat, messages, tools, options)
 
     async def stream(
         self,
@@ -215,8 +218,9 @@ class ServedModel:
                 f"the model {self.id!r} gives no embeddings; use another model", param="model"
             )
         try:
-            async with asyncio.timeout(self.limits.request_s):
-                return await self._embed(prompts, pooling, request_id)
+            with stage("embed"):
+                async with asyncio.timeout(self.limits.request_s):
+                    return await self._embed(prompts, pooling, request_id)
         except TimeoutError:
             raise _too_long(self.limits.request_s) from None
 

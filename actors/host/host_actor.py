@@ -14,6 +14,7 @@ from ..runtime.low_priority_import import import_at_low_priority
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import namespace_of
 from ..store.start_failures import recording_failure
+from ..tracing.start import trace_if_wanted
 
 if TYPE_CHECKING:
     # Ray imports this module at normal priority, so it must not import torch.
@@ -57,6 +58,7 @@ class RayExpertHost:
             from .host import ExpertHost
             from .memory.kept_memory import KeptMemory
 
+            trace_if_wanted(namespace_of(cluster), "host", name, cluster)
             node, secret = ray.get_runtime_context().get_node_id(), secret_of(namespace_of(cluster))
             kept = None
             if keep_s is not None:

@@ -29,8 +29,9 @@ from ...proto.errors import (
     MoesaicError,
     describe_error,
 )
-from ...proto.expert_pb2 import Call, Frame
+from ...proto.expert_pb2 import Call, Frame, Pong, Welcome
 from ...proto.wire import WIRE_VERSION, CallLayout, checksum
+from ..tracing.host_spans import trace_batch
 from ..transport.base import InboundFrame, Listener, Session, call_id, call_of, check_slot
 from ..transport.mailbox import Mailbox
 from ..transport.poller import Epoll, Poller
@@ -269,10 +270,8 @@ class HostLoop:
                     error = HostLost(f"call {frame.cancel.seq}: cancelled by its router")
                     self._refuse(session, frame.cancel.seq, error)
             case "ping":
-                pong = Frame()
-                pong.pong.seq = frame.ping.seq
-                pong.pong.incarnation = self._residency.incarnation
-                session.send(pong)
+                pong = Pong(seq=frame.ping.seq, incarnation=self._residency.incarnation)
+                session.send(Frame(pong=pong))
             case kind:
                 raise HostLost(f"{session.router}: routers must not send frames of kind {kind!r}")
 
@@ -282,12 +281,10 @@ class HostLoop:
                 f"wire_version: {session.router} has version {frame.hello.wire_version}, but this "
                 f"host has {WIRE_VERSION}"
             )
-        welcome = Frame()
-        welcome.welcome.wire_version = WIRE_VERSION
-        welcome.welcome.host = self.name
-        welcome.welcome.incarnation = self._residency.incarnation
-        welcome.welcome.max_rows = self._residency.policy.max_rows
-        session.send(welcome)
+        welcome = Welcome(wire_version=WIRE_VERSION, host=self.name)
+        welcome.incarnation = self._residency.incarnation
+        welcome.max_rows = self._residency.policy.max_rows
+        session.send(Frame(welcome=welcome))
         if self._lender is not None and frame.hello.borrows:
             self._lender.add(session)
         log.info(
@@ -384,6 +381,7 @@ class HostLoop:
         batch_us = int(self._device.finish(batch, now) * 1e6)
         if batch_us > SLOW_BATCH_S * 1e6 or log.isEnabledFor(logging.DEBUG):
             self._log_batch(batch, batch_us, now)
+        trace_batch(self.name, pendings, now, batch_us)
         parts = split_batch_time(batch_us, batch)
         for queued, pending, answer, busy_us in zip(batch, pendings, answers, parts, strict=True):
             self._reply(queued, pending, answer, now - pending.arrived, busy_us, batch_us)

@@ -78,4 +78,5 @@ class CallLog:
             "model": model,
             "layer": layer,
             "host": host,
+            "trace_ids": None if tensors.trace is None else tensors.trace.shown,
         }

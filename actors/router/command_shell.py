@@ -25,6 +25,7 @@ from ...cluster.routing.events import (
 )
 from ...proto.errors import ClusterError
 from ...proto.expert_pb2 import Frame
+from ..tracing.call_trace import trace_send
 from .call_log import CallLog
 from .connections import HostConnections
 from .pool_call import RunningCall
@@ -82,12 +83,20 @@ class CommandShell:
         """Handle what has arrived there, and then what is due."""
         with self._all_or_nothing():
             for event in self._connections.events(ready):
-                if isinstance(event, Refused) and self._log.on:
-                    call = self._dispatcher.call_of(event.seq)
-                    if call is not None:
-                        self._log.refused(self.running[call.number].tensors, event)
+                if isinstance(event, Refused):
+                    self._note_refusal(event)
                 self.execute(self._dispatcher.handle(event, self._clock(), more=True))
             self.tick()
+
+    def _note_refusal(self, event: Refused) -> None:
+        call = self._dispatcher.call_of(event.seq)
+        if call is None:
+            return
+        tensors = self.running[call.number].tensors
+        if tensors.trace is not None:
+            tensors.trace.refused(event.seq, event.code)
+        if self._log.on:
+            self._log.refused(tensors, event)
 
     def tick(self) -> None:
         """Do what is due."""
@@ -127,6 +136,9 @@ class CommandShell:
             case Send():
                 tensors = self.running[command.call].tensors
                 frame, layout = tensors.frame(command)
+                if tensors.trace is not None:
+                    hedge = self._dispatcher.is_hedge(command.seq)
+                    trace_send(tensors.trace, command, frame, hedge=hedge)
                 self._connections.send_call(
                     command.host,
                     frame,
@@ -141,6 +153,8 @@ class CommandShell:
                 tensors.accept(send, reply, payload)
                 if self._log.on:
                     self._log.answered(tensors, send, reply)
+                if tensors.trace is not None:
+                    tensors.trace.answered(send.seq, reply.queued_us, reply.batch_us)
                 if tensors.half is None:
                     assignments = int((send.assignment_tk >= 0).sum())
                     took_us = reply.queued_us, reply.busy_us, reply.batch_us

@@ -21,6 +21,7 @@ from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.placement import Placement
 from ...cluster.routing.events import Send
 from ...cluster.routing.expert_fallback import keep_top_experts
+from ...cluster.tracing.layers import LayerTrace
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import Frame, Reply
 from ...proto.wire import DTYPE_TO_WIRE, CallLayout, checksum, wide
@@ -55,6 +56,7 @@ class LayerTensors:
         self.key = key
         self.step = step  # the router's forward pass that this call belongs to
         self.exact = placement is not None and key.model in placement.exact
+        self.trace: LayerTrace | None = None  # of sampled requests
         self.keep = keep and not self.exact  # with `exact` each half has products of its own
         self.kept: list[Send] = []  # parts whose hosts may have kept activations
         self.dtype = x_TH.dtype

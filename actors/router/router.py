@@ -264,10 +264,10 @@ class Router:
 
     def forward(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Compute one layer: `compute_all`, or `dispatch` and `PoolCall.combine`."""
-        out_TH = self.compute_all(key, x_TH, ids_TK, weights_TK)
-        if out_TH is None:
-            return self.dispatch(key, x_TH, ids_TK, weights_TK).combine()
-        return out_TH
+        given = key, x_TH, ids_TK, weights_TK
+        with self.batch.tracing(key):
+            out_TH = self.compute_all(*given)
+            return self.dispatch(*given).combine() if out_TH is None else out_TH
 
     def compute_all(
         self,
@@ -332,6 +332,7 @@ class Router:
             self._waiting.listen()
             given = self._dispatcher.placement, x_TH, ids_TK, weights_TK
             tensors = LayerTensors(key, *given, without=self.batch.dead, step=self.step, keep=keep)
+            tensors.trace = self.batch.layer_trace
             options = self.batch.options(tensors.tokens, self.policy.deadline_s)
             if options is not None and options.experts_T is not None:
                 tensors.keep_top_experts(options.experts_T)

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
 
-from ...cluster.expert_keys import ExpertKey
+from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.routing.expert_fallback import BatchExpertOptions
 from ...cluster.routing.expert_options import RowGroups
 from ...cluster.routing.layer_call import Outcome
+from ...cluster.tracing.layers import LayerTrace, StepTrace
 from ...proto.errors import BadExpert, ExpertUnavailable, MoesaicError, from_wire
 from ..transport.base import call_id
 from .layer_tensors import LayerTensors
 
 log = logging.getLogger(__name__)
+
+_NOTHING = nullcontext()
 
 # Called with rows of the batch and why they have no result; their values are zero.
 OnLost = Callable[[list[int], MoesaicError], None]
@@ -38,8 +41,11 @@ class RowOwner(Protocol):
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None: ...
 
-    def log_step(self, router: str, step: int) -> None:
-        """Log, at the debug level, which requests are in the forward pass that begins now."""
+    def log_step(self, router: str, step: int) -> StepTrace | None:
+        """Log, at the debug level, which requests are in the forward pass that begins now.
+
+        Returns its trace, if one of its requests is sampled.
+        """
         ...
 
 
@@ -62,7 +68,9 @@ class RowAttribution:
         # Returns the expert options of the rows in flight; None: all have the defaults.
         self.groups: Callable[[], RowGroups | None] = lambda: None
         # Called with the router's name and the number of each forward pass that begins.
-        self.log_step: Callable[[str, int], None] | None = None
+        self.log_step: Callable[[str, int], StepTrace | None] | None = None
+        # Of this forward pass; None: none of its requests is sampled.
+        self._trace: StepTrace | None = None
         self.lost = 0
         # Rows that the remaining layers of this forward pass need not compute.
         self.dead: set[int] = set()
@@ -80,7 +88,16 @@ class RowAttribution:
         """Start forward pass number ``step``: forget the rows that were lost in the last one."""
         self.dead.clear()
         if self.log_step is not None:
-            self.log_step(self._router, step)
+            self._trace = self.log_step(self._router, step)
+
+    def tracing(self, key: LayerKey) -> AbstractContextManager[None]:
+        """Return a context in which a layer is computed; it does nothing unless it is traced."""
+        return _NOTHING if self._trace is None else self._trace.tracing(*key)
+
+    @property
+    def layer_trace(self) -> LayerTrace | None:
+        """The trace of the layer that is computed now."""
+        return None if self._trace is None else self._trace.layer
 
     def options(self, tokens: int, deadline_s: float) -> BatchExpertOptions | None:
         """Return the rows' options; None without an engine: all rows wait until the deadline."""

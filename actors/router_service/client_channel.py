@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import grpc
 
+from ...cluster.tracing.context import HEADER
 from ...proto.errors import ClusterError
 from ...proto.router_pb2 import (
     ComputeHead,
@@ -47,15 +48,20 @@ class RouterChannel:
         with self._mapped():
             return self._stub.Models(ModelsRequest(), timeout=timeout_s)
 
-    def compute(self, head: ComputeHead, data: memoryview, timeout_s: float) -> bytearray:
+    def compute(
+        self, head: ComputeHead, data: memoryview, timeout_s: float, traceparent: str | None = None
+    ) -> bytearray:
         """Send a call, and return the bytes of its answer. Sets the checksum of ``head``.
 
-        Raises the error that the service answered, Expired and HostLost.
+        ``traceparent`` names the caller's span. Raises the error that the service answered,
+        Expired and HostLost.
         """
         head.crc32 = zlib.crc32(data)
         layout = RouterLayout.of(head)
         with self._mapped():
-            replies = self._stub.Compute(_requests(head, data), timeout=timeout_s)
+            metadata = None if traceparent is None else ((HEADER, traceparent),)
+            requests = _requests(head, data)
+            replies = self._stub.Compute(requests, timeout=timeout_s, metadata=metadata)
             try:
                 first: ComputeReply = next(replies)
                 return join_chunks(_parts(first, replies), layout.reply_bytes, first.crc32)

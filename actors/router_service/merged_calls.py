@@ -34,6 +34,7 @@ from ...cluster.batching.batch_queue import (
 from ...cluster.expert_keys import LayerKey
 from ...cluster.reports.status import RouterServiceProcess
 from ...cluster.routing.expert_options import ExpertOptions, MissingExpert, RowGroups
+from ...cluster.tracing.layers import StepTrace
 from ...proto.errors import (
     Busy,
     Ending,
@@ -47,6 +48,7 @@ from ...proto.errors import (
 )
 from ..engine.step_log import log_step
 from ..router.router import Router
+from ..tracing.client_calls import trace_client_call
 
 log = logging.getLogger(__name__)
 
@@ -166,10 +168,11 @@ class MergedCalls:
         size_bytes: int,
         timeout_s: float,
         cut: Callable[[], object],
+        traceparent: Sequence[str] = (),
     ) -> Iterator[Ticket]:
         """Hold one call until the block ends. Raises Busy if there is no room for it.
 
-        ``size_bytes`` counts its tensors and its answer.
+        ``size_bytes`` counts its tensors and its answer. ``traceparent`` has the client's values.
         """
         now = self._clock()
         with self._changed:
@@ -203,9 +206,10 @@ class MergedCalls:
                 },
             )
         try:
-            if ticket.error is not None:
-                raise ticket.error
-            yield ticket
+            with trace_client_call(_name(ticket.number), traceparent, key, rows):
+                if ticket.error is not None:
+                    raise ticket.error
+                yield ticket
         finally:
             with self._changed:
                 del self._tickets[ticket.number]
@@ -236,8 +240,8 @@ class MergedCalls:
     def row_groups(self) -> RowGroups:
         return [(self._batch_rows, _SHORT_WAIT)]
 
-    def log_step(self, router: str, step: int) -> None:
-        log_step(
+    def log_step(self, router: str, step: int) -> StepTrace | None:
+        return log_step(
             router, step, lambda: [_name(piece.number) for piece in self._pieces], "clients' calls"
         )
 

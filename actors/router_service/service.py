@@ -23,6 +23,7 @@ from torch import Tensor
 from ...cluster.batching.batch_queue import MergePolicy
 from ...cluster.expert_keys import LayerKey
 from ...cluster.reports.status import RouterServiceProcess
+from ...cluster.tracing.context import HEADER
 from ...proto.errors import CallError, ClusterError, Expired
 from ...proto.expert_pb2 import DType
 from ...proto.limits import HELLO_S
@@ -183,6 +184,7 @@ class _Servicer(RouterServicer):
                 size_bytes=layout.call_bytes + layout.reply_bytes,
                 timeout_s=left_s,
                 cut=context.cancel,
+                traceparent=_traceparent(context),
             ) as ticket:
                 if not context.add_callback(ticket.over.set):
                     return
@@ -242,6 +244,10 @@ class _Servicer(RouterServicer):
                 f"{self._max_call_bytes:,}; send fewer rows in one call"
             )
         return layout, layer
+
+
+def _traceparent(context: grpc.ServicerContext) -> list[str]:
+    return [str(value) for key, value in context.invocation_metadata() if key == HEADER]
 
 
 def _parts(

@@ -26,6 +26,7 @@ from ..runtime.ports import free_port
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of, controller_of, ray_get, thread_environment
 from ..store.start_failures import recording_failure
+from ..tracing.start import trace_if_wanted
 
 if TYPE_CHECKING:
     from ...kernels.ffn import ExpertForm
@@ -48,6 +49,7 @@ class RayRouterService:
     def __init__(self, spec: Spec, namespace: str, address: str) -> None:
         with recording_failure(namespace, "router", NAME):
             begin_process("router", NAME, cluster_of(namespace))
+            trace_if_wanted(namespace, "router", NAME, cluster_of(namespace))
             with starting_without_collections():
                 self._open(spec, namespace, address)
 

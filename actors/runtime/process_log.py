@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
+from ..tracing.log_ids import TraceIds
 from .log_lines import formatter
 from .log_settings import PACKAGE, LogSettings, log_settings
 from .process_labels import ProcessKind, announce
@@ -87,6 +88,7 @@ def set_up_logging(
     handler = _Stderr({PACKAGE: every} | rooms)
     handler.setFormatter(formatter(settings.form, process))
     handler.addFilter(Seldom())
+    handler.addFilter(TraceIds())
     logging.getLogger().addHandler(handler)
 
 

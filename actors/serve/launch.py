@@ -32,6 +32,7 @@ from ..runtime.ray_border import CONTROLLER, controller_of, namespace_of, ray_ge
 from ..store.cluster_secret import make_secret
 from ..store.durable_state import forget_last, store_deployment
 from ..store.start_failures import describe_failures, log_of
+from ..tracing.start import store_traces
 from .deploy import deploy_endpoint, wait_endpoint
 from .end_at_once import begins
 from .ending import end_cluster, end_own_ray
@@ -106,6 +107,7 @@ def launch(
         begun = True
         forget_last(namespace)
         make_secret(namespace, router_key)
+        store_traces(namespace, spec.traces.settings)
         _start(spec, launched, [(refs[name], shapes[name]) for name in refs])
         deployed = None
         if spec.endpoint is not None and refs:

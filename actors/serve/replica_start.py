@@ -12,8 +12,9 @@ from ray.serve.exceptions import RayServeException
 
 from ..runtime.garbage import starting_without_collections
 from ..runtime.process_log import begin_process
-from ..runtime.ray_border import cluster_of
+from ..runtime.ray_border import cluster_of, namespace_of
 from ..store.start_failures import recording_failure
+from ..tracing.start import trace_if_wanted
 from .replica_port import stay_on_node
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,9 @@ def starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
     # A model may have several trunks.
     process = f"trunk-{name}-{replica.replica_id.unique_id}" if kind == "trunk" else kind
     with recording_failure(replica.app_name, kind, name):
-        begin_process(kind, name, cluster_of(replica.app_name), process)
+        cluster = cluster_of(replica.app_name)
+        begin_process(kind, name, cluster, process)
+        trace_if_wanted(namespace_of(cluster), kind, process, cluster)
         with starting_without_collections():
             yield
     log.info("%s is ready", process)

@@ -12,14 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Callable,
-    Collection,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -67,6 +60,7 @@ from ..engine.engine import (
     TokenLogprob,
 )
 from ..engine.served_model import ServedModel
+from ..engine.traced import traced_call, traced_generate
 from ..runtime.log_settings import log_runtime_env
 from ..runtime.ray_border import HEAD_NODE, last_line
 from .replica_start import starting
@@ -150,7 +144,8 @@ class Trunk:
         if logger.isEnabledFor(logging.DEBUG):
             ids = {"request_id": request_id, "prompt_tokens": len(prompt_ids)}
             logger.debug("request %s has come", request_id, extra=ids)
-        generated = self._engine.generate(request_id, prompt_ids, sampling, already)
+        generate = traced_generate(self._engine.generate)
+        generated = generate(request_id, prompt_ids, sampling, already)
         try:
             async with aclosing(generated) as deltas:
                 async for delta in deltas:
@@ -429,7 +424,7 @@ class Ingress:
         limits = replace(limits, experts=self._experts.get(name, limits.experts))
         health = self._health[name]
         generate, embed = health.watch(trunk.generate), health.watch_embed(trunk.embed)
-        return ServedModel(name, tokenizer, limits, generate, embed)
+        return ServedModel(name, tokenizer, limits, traced_call(generate, name), embed)
 
     async def _engines(self) -> dict[str, EngineStatus]:
         found = await asyncio.gather(*(trunk.status() for trunk in self._trunks.values()))

@@ -284,7 +284,7 @@ class SimRouter(SimProcess):
         raise AssertionError("no row of the simulator goes on without an expert")
 
     def log_step(self, router: str, step: int) -> None:
-        """Log nothing: the world has its own log."""
+        """Log and trace nothing: the world has its own log."""
 
 
 def _sent(call: SimCall) -> PoolCall:

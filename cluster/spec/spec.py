@@ -36,6 +36,7 @@ from .parts import (
     TrunkSpec,
 )
 from .text import StrictLoader, overridden, problems
+from .traces import TracesSpec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 # Hub ids have a slash. No part begins with a dot: clients would resolve "/../" in a URL.
@@ -296,6 +297,9 @@ class Spec(Part):
     monitoring: MonitoringSpec | None = MonitoringSpec()
     """The address at which the endpoint's process serves `/status` and `/metrics`. `null`: the
     process serves neither."""
+
+    traces: TracesSpec = TracesSpec()
+    """Which requests are traced, and where their spans are sent."""
 
     router: RouterSpec | None = None
     """The gRPC router service, for clients that send hidden states instead of text. Default `null`:

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ....cluster.service.web_guard import WebGuard
 from ....proto.errors import Forbidden, InternalError, MoesaicError, SlowBody
+from ...tracing.http import TRACE_ID_HEADER
 from ..openai.responses import ErrorResponse, error_response
 from .metrics import HttpMetrics
 from .probes import is_probe
@@ -197,7 +198,7 @@ def allow_cors(app: FastAPI, origins: Sequence[str]) -> None:
         allow_methods=("GET", "POST"),
         # Any header: each client library has some of its own (x-stainless-os).
         allow_headers=("*",),
-        expose_headers=(_REQUEST_ID_HEADER, "retry-after"),
+        expose_headers=(_REQUEST_ID_HEADER, TRACE_ID_HEADER, "retry-after"),
     )
 
 

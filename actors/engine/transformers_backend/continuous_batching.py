@@ -40,6 +40,7 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from ....cluster.routing.expert_options import RowGroups
+from ....cluster.tracing.layers import StepTrace
 from ....proto.errors import (
     EngineError,
     InternalError,
@@ -293,15 +294,16 @@ class BatchingLoop(ContinuousBatchingManager):
         for row, request_id in self._owners(sorted(dropped)):
             self.streams.drop(request_id, dropped[row])
 
-    def log_step(self, router: str, step: int) -> None:
+    def log_step(self, router: str, step: int) -> StepTrace | None:
         """Log which requests the forward pass has; see `TransformersEngine.log_step`.
 
         A forward pass outside of the loop has none of them.
         """
-        if self._in_forward:
-            log_step(
-                router, step, lambda: [one.state.request_id for one in self._requests_in_batch()]
-            )
+        if not self._in_forward:
+            return None
+        return log_step(
+            router, step, lambda: [one.state.request_id for one in self._requests_in_batch()]
+        )
 
     def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield (row, id of its request) for those of ``rows`` that are not padding."""

@@ -22,6 +22,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ....cluster.routing.expert_options import RowGroups
+from ....cluster.tracing.layers import StepTrace
 from ....proto.errors import Busy, EngineError, MoesaicError, RequestError, UnsupportedModel
 from ..embedding import Encoder
 from ..end_of_text import end_of_text
@@ -30,6 +31,7 @@ from ..expert_wait import ParkedRequests
 from ..grammar import Grammar, Grammars
 from ..sampling import RequestSampler
 from ..streams import Stream, Streams
+from ..traced import traced_request
 from .continuous_batching import BatchingLoop
 from .static_batching import StaticBatchLoop
 
@@ -174,7 +176,8 @@ class TransformersEngine:
             key = f"{request_id}#{next(self._ids)}"
             return self._attempt(key, tokens, left, sampler, arrival)
 
-        parking = self._parked.generate(attempt, prompt_ids, sampling, already)
+        trace = traced_request(request_id)
+        parking = self._parked.generate(attempt, prompt_ids, sampling, already, trace)
         async with aclosing(parking) as deltas:
             async for delta in deltas:
                 yield delta
@@ -305,14 +308,14 @@ class TransformersEngine:
         """Note rows for which a part of their experts was left out; call it as `fail_rows`."""
         self._running().drop_rows(dropped)
 
-    def log_step(self, router: str, step: int) -> None:
+    def log_step(self, router: str, step: int) -> StepTrace | None:
         """Log which requests are in a forward pass that begins, at the debug level.
 
-        ``step`` is its number in the ``router`` that computes its experts.
+        ``step`` is its number in the ``router`` that computes its experts. Returns its trace, if
+        one of its requests is sampled.
         """
         owner = self._encoder if self._encoder.in_forward else self._loop
-        if owner is not None:
-            owner.log_step(router, step)
+        return None if owner is None else owner.log_step(router, step)
 
     def _running(self) -> Loop:
         if self._loop is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ....cluster.routing.expert_options import RowGroups
+from ....cluster.tracing.layers import StepTrace
 from ....proto.errors import EngineError, InternalError, MoesaicError, describe_error
 from ..embedding import Encoder
 from ..engine import Delta, EngineConfig
@@ -276,11 +277,12 @@ class StaticBatchLoop:
         for row, key in self._owners(sorted(dropped)):
             self.streams.drop(key, dropped[row])
 
-    def log_step(self, router: str, step: int) -> None:
+    def log_step(self, router: str, step: int) -> StepTrace | None:
         """Log which requests are in a forward pass; see `TransformersEngine.log_step`."""
         batch = self._current
-        if batch is not None:
-            log_step(router, step, lambda: [one.key for one in batch.requests])
+        if batch is None:
+            return None
+        return log_step(router, step, lambda: [one.key for one in batch.requests])
 
     def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield (row, id of its request)."""

@@ -51,6 +51,7 @@ from ..expert_wait import ParkedRequests
 from ..grammar import Grammars
 from ..sampling import RequestSampler
 from ..streams import Streams
+from ..traced import traced_request
 from .plugin import in_pool
 from .requests import Requests, going_on, parameters
 
@@ -263,7 +264,8 @@ class VllmEngine:
             asked = going_on(sampling, tokens[len(prompt_ids) :])
             return self._attempt(f"{request_id}#{next(self._ids)}", tokens, asked, arrival)
 
-        parking = self._parked.generate(attempt, prompt_ids, sampling, already)
+        trace = traced_request(request_id)
+        parking = self._parked.generate(attempt, prompt_ids, sampling, already, trace)
         async with aclosing(parking) as deltas:
             async for delta in deltas:
                 yield delta

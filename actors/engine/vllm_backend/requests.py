@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ....cluster.routing.expert_options import RowGroups
+from ....cluster.tracing.layers import StepTrace
 from ....proto.errors import InternalError, Interrupted, MoesaicError
 from ...router.whole_calls import PassCheck
 from ...text.answer_form import AnswerForm
@@ -118,11 +119,12 @@ class Requests:
         for row, key in self._owners(sorted(dropped)):
             self._streams.drop(key, dropped[row])
 
-    def log_step(self, router: str, step: int) -> None:
+    def log_step(self, router: str, step: int) -> StepTrace | None:
         # vLLM orders its batch only after the pass has begun, so these have no order yet.
         rows = self._rows
-        if rows is not None:
-            log_step(router, step, lambda: [self._ours.get(name, name) for name in rows])
+        if rows is None:
+            return None
+        return log_step(router, step, lambda: [self._ours.get(name, name) for name in rows])
 
     def _groups(self) -> list[tuple[str, int]]:
         """Return (request, number of rows) in the order of the batch's rows."""

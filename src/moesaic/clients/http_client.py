@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import httpx
 
+from ..cluster.tracing.context import HEADER
 from ..proto.errors import ClusterError, EngineError, Expired, MoesaicError
 from .openai_wire import (
     CONNECT_TIMEOUT_S,
@@ -75,14 +77,21 @@ class Client:
         *,
         timeout_s: float = READ_TIMEOUT_S,
         retries: int = RETRIES,
+        traceparent: Callable[[], str | None] | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        """Set the endpoint's address; nothing is sent yet.
+
+        ``traceparent`` is called for each request, and returns the value of its header of that
+        name, by which the request belongs to the caller's trace; None: it has no such header.
+        """
         self._only_model: str | None = None
         self._retries = retries
         self._http = httpx.Client(
             base_url=address(base_url),
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             transport=transport,
+            event_hooks={"request": [partial(_name_trace, traceparent)]},
         )
 
     def __enter__(self) -> Self:
@@ -211,14 +220,21 @@ class AsyncClient:
         *,
         timeout_s: float = READ_TIMEOUT_S,
         retries: int = RETRIES,
+        traceparent: Callable[[], str | None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """Set the endpoint's address; ``traceparent`` is that of `Client`."""
+
+        async def name_trace(request: httpx.Request) -> None:
+            _name_trace(traceparent, request)
+
         self._only_model: str | None = None
         self._retries = retries
         self._http = httpx.AsyncClient(
             base_url=address(base_url),
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             transport=transport,
+            event_hooks={"request": [name_trace]},
             limits=httpx.Limits(max_connections=None),
         )
 
@@ -337,6 +353,12 @@ class AsyncClient:
                         for chunk in call.chunks(event):
                             yield chunk
                 events.end()
+
+
+def _name_trace(traceparent: Callable[[], str | None] | None, request: httpx.Request) -> None:
+    given = None if traceparent is None else traceparent()
+    if given is not None:
+        request.headers[HEADER] = given
 
 
 def _named(model: str | None) -> dict[str, str]:

@@ -57,12 +57,20 @@ class RouterModel:
 class Experts(Protocol):
     """One MoE layer: the weighted sum of each token's chosen experts."""
 
-    def __call__(self, hidden: A, ids: Any, weights: Any, *, timeout_s: float | None = None) -> A:
+    def __call__(
+        self,
+        hidden: A,
+        ids: Any,
+        weights: Any,
+        *,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+    ) -> A:
         """Compute the layer for the tokens ``hidden``.
 
         ``hidden`` (T, H) has the model's dtype, ``ids`` (T, K) whole numbers, of which -1 is an
         unused assignment, ``weights`` (T, K) real numbers; all are arrays of numpy or torch.
-        Returns (T, H) of hidden's kind, dtype and device.
+        Returns (T, H) of hidden's kind, dtype and device. ``traceparent`` names the caller's span.
 
         Raises CallError for arguments that do not fit, Expired, Busy, ExpertUnavailable, BadExpert,
         HostLost and ClusterError.
@@ -135,7 +143,14 @@ class RouterClient:
         """Return a layer's experts. Raises UnknownModel, and CallError for a layer without any."""
         most_bytes = self._find(model, layer)
 
-        def compute(hidden: A, ids: Any, weights: Any, *, timeout_s: float | None = None) -> A:
+        def compute(
+            hidden: A,
+            ids: Any,
+            weights: Any,
+            *,
+            timeout_s: float | None = None,
+            traceparent: str | None = None,
+        ) -> A:
             until = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
             x_TH, dtype, like_hidden = _hidden(hidden)
             ids_TK, weights_TK = _ids(ids), _weights(weights)
@@ -153,7 +168,7 @@ class RouterClient:
             for start in range(0, x_TH.shape[0], at_once):
                 some = slice(start, start + at_once)
                 rows = x_TH[some], ids_TK[some], weights_TK[some]
-                out_TH[some] = self._compute(head, *rows, until)
+                out_TH[some] = self._compute(head, *rows, until, traceparent)
             return like_hidden(out_TH)
 
         return compute
@@ -183,6 +198,7 @@ class RouterClient:
         ids_TK: np.ndarray,
         weights_TK: np.ndarray,
         until: float,
+        traceparent: str | None,
     ) -> np.ndarray:
         head.rows = x_TH.shape[0]
         layout = RouterLayout.of(head)
@@ -190,7 +206,9 @@ class RouterClient:
         data[: layout.weights_offset].view("<i4")[...] = ids_TK.reshape(-1)
         data[layout.weights_offset : layout.x_offset].view("<f4")[...] = weights_TK.reshape(-1)
         data[layout.x_offset :].view(x_TH.dtype)[...] = x_TH.reshape(-1)
-        answer = self._tried(lambda left_s: self._channel.compute(head, data.data, left_s), until)
+        answer = self._tried(
+            lambda left_s: self._channel.compute(head, data.data, left_s, traceparent), until
+        )
         return np.frombuffer(answer, dtype=x_TH.dtype).reshape(x_TH.shape)
 
     def _tried(self, call: Callable[[float], R], until: float) -> R:

@@ -18,6 +18,7 @@ from moesaic.actors.endpoint.http.bodies import BodyLimits
 from moesaic.actors.endpoint.ingress import create_app
 from moesaic.actors.engine.engine import EngineConfig, ExpertBounds
 from moesaic.actors.engine.served_model import ServedModel
+from moesaic.actors.engine.traced import traced_call, traced_generate
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.host.host import ExpertHost
 from moesaic.cluster.expert_keys import ExpertKey
@@ -108,7 +109,9 @@ def served_pool(
         # As the engine of a trunk on Ray does.
         base.router.batch.owned_by(engine)
         limits = replace(engine.limits, experts=experts or ExpertBounds())
-        served = ServedModel("m", tiny_tokenizer(), limits, engine.generate, engine.embed)
+        # As trunk and ingress on Ray do.
+        generate = traced_call(traced_generate(engine.generate), "m")
+        served = ServedModel("m", tiny_tokenizer(), limits, generate, engine.embed)
 
         app = create_app(models={"m": served}, bodies=BODIES)
         try:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from moesaic.actors.runtime.log_lines import formatter
+from moesaic.actors.tracing.log_ids import TraceIds
 
 Line = dict[str, Any]
 
@@ -35,6 +36,7 @@ def logged(level: int = logging.DEBUG) -> Iterator[Logged]:
     stream, ours = io.StringIO(), logging.getLogger("moesaic")
     handler = logging.StreamHandler(stream)
     handler.setFormatter(formatter("json", "test"))
+    handler.addFilter(TraceIds())
     before = ours.level
     ours.addHandler(handler)
     ours.setLevel(level)

@@ -35,6 +35,7 @@ models                              proto models/folder models/upcycling
 
 cluster                             proto
 cluster/reports                     -
+cluster/tracing                     -
 cluster/service                     proto
 cluster/load                        cluster
 cluster/batching                    cluster
@@ -48,30 +49,34 @@ cluster/scaling                     cluster/load cluster/planner cluster/reports
                                     cluster/control
 cluster/spec                        proto cluster cluster/service cluster/batching
                                     cluster/host cluster/routing cluster/planner cluster/control
-                                    cluster/scaling
+                                    cluster/scaling cluster/tracing
 cluster/comparison                  cluster cluster/load cluster/planner cluster/control
                                     cluster/scaling
 
 actors/text                         proto
+actors/tracing                      proto cluster cluster/routing cluster/tracing
 actors/runtime                      proto cluster cluster/planner cluster/routing cluster/spec
+                                    actors/tracing
 actors/store                        proto cluster cluster/planner cluster/spec actors/runtime
 actors/transport                    proto kernels/slabs models/folder
 actors/transport/grpc               proto cluster cluster/training actors/transport
 actors/transport/bulk               proto kernels/slabs cluster cluster/training actors/transport
                                     actors/transport/grpc
 actors/engine                       proto cluster cluster/reports cluster/routing cluster/spec
-                                    actors/text
-actors/engine/transformers_backend  proto cluster/routing actors/engine
+                                    cluster/tracing actors/text actors/tracing
+actors/engine/transformers_backend  proto cluster/routing cluster/tracing actors/engine
 actors/router                       proto kernels kernels/grouped kernels/slabs models/trunk
                                     cluster cluster/load cluster/routing cluster/training
                                     actors/runtime actors/store actors/transport
                                     actors/transport/grpc actors/engine
+                                    cluster/tracing actors/tracing
 actors/training                     proto kernels kernels/backward kernels/slabs
                                     kernels/training models/export models/trunk models/training
                                     cluster cluster/routing cluster/spec
                                     cluster/training actors/runtime actors/store
                                     actors/transport/bulk actors/router
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
+                                    cluster/tracing
                                     actors/runtime actors/text actors/engine actors/router
 actors/host/memory                  proto kernels kernels/backward kernels/slabs models/trunk
                                     cluster cluster/host actors/runtime
@@ -81,6 +86,7 @@ actors/host                         proto kernels kernels/backward kernels/group
                                     cluster/routing cluster/training actors/runtime actors/store
                                     actors/transport actors/transport/grpc actors/transport/bulk
                                     actors/host/memory
+                                    actors/tracing
 actors/simulator                    proto kernels models/trunk cluster cluster/load cluster/host
                                     cluster/routing cluster/planner cluster/control
                                     cluster/scaling actors/transport actors/router
@@ -94,13 +100,15 @@ actors/router_service               proto kernels models/trunk cluster cluster/b
                                     cluster/reports cluster/routing cluster/spec actors/runtime
                                     actors/store actors/transport actors/transport/grpc
                                     actors/engine actors/router
+                                    cluster/tracing actors/tracing
 actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
                                     cluster/training cluster/control cluster/scaling cluster/spec
                                     actors/runtime actors/store actors/host actors/router_service
 actors/endpoint/openai              proto cluster/routing actors/text actors/engine
 actors/endpoint/http                proto cluster/reports cluster/service cluster/spec
-                                    actors/runtime actors/engine actors/endpoint/openai
-actors/endpoint                     proto cluster/service actors/text actors/engine
+                                    actors/runtime actors/tracing actors/engine
+                                    actors/endpoint/openai
+actors/endpoint                     proto cluster/service actors/text actors/tracing actors/engine
                                     actors/endpoint/openai actors/endpoint/http
 actors/preflight                    proto kernels/training models models/folder models/trunk cluster
                                     cluster/planner cluster/scaling cluster/spec cluster/training
@@ -108,6 +116,7 @@ actors/preflight                    proto kernels/training models models/folder 
 actors/serve                        proto models models/folder cluster cluster/reports
                                     cluster/service cluster/routing cluster/spec
                                     actors/runtime actors/store actors/engine actors/trunk
+                                    actors/tracing
                                     actors/router_service actors/controller actors/endpoint
                                     actors/endpoint/http actors/preflight
 """
