@@ -24,6 +24,13 @@ def traced_request(request_id: str) -> RequestTrace | None:
     return None if here is None else here.following(request_id)
 
 
+def trace_id_of(sampling: Sampling) -> str | None:
+    """Return how the log names the trace of a request; None: it is not sampled."""
+    given = sampling.traceparent
+    parent = None if given is None else parse_traceparent([given])
+    return None if parent is None else parent.trace_id.hex()
+
+
 def traced_call(generate: Generate, model: str) -> Generate:
     """Return ``generate`` of another process, with a span of the HTTP request for each call."""
 

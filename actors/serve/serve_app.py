@@ -60,7 +60,7 @@ from ..engine.engine import (
     TokenLogprob,
 )
 from ..engine.served_model import ServedModel
-from ..engine.traced import traced_call, traced_generate
+from ..engine.traced import trace_id_of, traced_call, traced_generate
 from ..runtime.log_settings import log_runtime_env
 from ..runtime.ray_border import HEAD_NODE, last_line
 from .replica_start import starting
@@ -142,7 +142,8 @@ class Trunk:
         already: Sequence[int],
     ) -> AsyncGenerator[Item, None]:
         if logger.isEnabledFor(logging.DEBUG):
-            ids = {"request_id": request_id, "prompt_tokens": len(prompt_ids)}
+            ids: dict[str, Any] = {"request_id": request_id, "prompt_tokens": len(prompt_ids)}
+            ids["trace_id"] = trace_id_of(sampling)
             logger.debug("request %s has come", request_id, extra=ids)
         generate = traced_generate(self._engine.generate)
         generated = generate(request_id, prompt_ids, sampling, already)
