@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ...cluster.tracing.settings import TraceSettings
 from ...cluster.tracing.spans import Recorder, Value
@@ -65,9 +66,19 @@ def end_tracing() -> None:
         exporter.close()
 
 
-def export_counts() -> ExportCounts | None:
-    """Return how many spans this process has sent and dropped; None: it traces nothing."""
-    return None if _exporter is None else _exporter.counts()
+class TraceCounts(NamedTuple):
+    """What this process has traced since it began."""
+
+    spans: ExportCounts
+    passed_over: int  # requests that were sampled when too many were followed already
+
+
+def trace_counts() -> TraceCounts | None:
+    """Return the counts of this process; None: it traces nothing."""
+    here, exporter = _tracer, _exporter
+    if here is None or exporter is None:
+        return None
+    return TraceCounts(exporter.counts(), here.passed_over)
 
 
 def exporter_headers(environ: Mapping[str, str]) -> dict[str, str]:

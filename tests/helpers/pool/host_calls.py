@@ -50,6 +50,8 @@ def ask(
     dtype = DTYPE_FROM_WIRE.get(call.dtype, torch.float32)
     announced = CallLayout.of(call.rows, call.hidden, call.top_k, dtype, call.exact)
     call.payload_bytes = announced.call_bytes
+    if "trace" in fields:
+        call.trace.CopyFrom(fields.pop("trace"))
     for name, value in fields.items():
         setattr(call, name, value)
     # What is announced may be absurd; what is written is small.

@@ -381,3 +381,24 @@ async def test_closing_an_async_stream_closes_the_connection() -> None:
         await anext(stream)
         await stream.aclose()
         assert closed == [True]
+
+
+async def test_each_request_names_the_callers_span() -> None:
+    asked: list[str | None] = []
+    spans = iter(["00-first", None, "00-third"])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers.get("traceparent"))
+        return httpx.Response(200, json={"object": "list", "data": []})
+
+    transport = httpx.MockTransport(answer)
+    with Client("http://test", traceparent=lambda: next(spans), transport=transport) as client:
+        client.models()
+        client.models()
+    async with AsyncClient(
+        "http://test", traceparent=lambda: next(spans), transport=transport
+    ) as c:
+        await c.models()
+    with Client("http://test", transport=transport) as client:
+        client.models()
+    assert asked == ["00-first", None, "00-third", None]

@@ -13,11 +13,14 @@ import httpx
 import pytest
 import torch
 
-from moesaic.actors.router import command_shell
+from moesaic.actors.router.connections import HostConnections
 from moesaic.actors.tracing import process_tracer
-from moesaic.actors.tracing.process_tracer import begin_tracing, end_tracing, export_counts, tracer
-from moesaic.cluster.expert_keys import ExpertKey
+from moesaic.actors.tracing.process_tracer import begin_tracing, end_tracing, trace_counts, tracer
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
+from moesaic.cluster.tracing.layers import MOST_REQUESTS
 from moesaic.cluster.tracing.settings import TraceSettings
+from moesaic.proto.expert_pb2 import Frame, Trace
+from tests.helpers.pool.host_calls import ask as call_host
 from tests.helpers.pool.router_services import router_service
 from tests.helpers.pool.served_pool import ServedPool, held, save_served_model, served_pool
 from tests.helpers.pool.serving import inputs, save_model
@@ -25,6 +28,7 @@ from tests.helpers.pool.transports import settles
 from tests.helpers.processes.logged import logged, of
 from tests.helpers.tracing.collector import CollectedSpan, Collector, collector, connected
 from tests.helpers.tracing.recording import PARENT, recording, traced
+from tests.integration.router.test_missing_expert import without_experts
 
 TOKENS, LAYERS = 4, 2
 CLIENT = PARENT.header
@@ -221,6 +225,41 @@ def test_choices_and_embeddings_are_parts_of_one_trace(
     assert names == {"POST /v1/embeddings", "tokenize", "embed"}
 
 
+def test_a_request_that_waits_for_an_expert_shows_it(served: ServedPool, server: Collector) -> None:
+    begin(server, sample=1.0)
+    every = [{"model": "m", "prompt": [token], "max_tokens": 8} for token in range(3, 9)]
+    with ThreadPoolExecutor(len(every)) as threads:
+        with without_experts(served, 0):
+            asked = [threads.submit(served.http.post, "/v1/completions", json=one) for one in every]
+            assert settles(lambda: served.engine.stats().parked > 0)
+        answers = [one.result(30) for one in asked]
+    assert {answer.status_code for answer in answers} == {200}
+    found = [trace_of(server, answer.headers["x-trace-id"]) for answer in answers]
+    assert all(map(connected, found))
+    (waited, *_) = [spans for spans in found if named(spans, "expert wait")]
+    assert len(named(waited, "queue")) == len(named(waited, "expert wait")) + 1
+    (decode,) = named(waited, "decode")[-1:]
+    assert max(span.end_ns for span in named(waited, "expert wait")) <= decode.start_ns
+    assert tracer_is_idle()
+
+
+def test_who_leaves_early_leaves_nothing_behind(served: ServedPool, server: Collector) -> None:
+    begin(server, sample=1.0)
+    asked = {"model": "m", "prompt": "to be", "max_tokens": 200, "stream": True}
+    with served.http.stream("POST", "/v1/completions", json=asked) as answer:
+        next(answer.iter_lines())
+        trace_id = answer.headers["x-trace-id"]
+    assert settles(tracer_is_idle)
+    spans = trace_of(server, trace_id)
+    assert connected(spans)
+    assert named(spans, "generate")[0].error == ""
+
+
+def tracer_is_idle() -> bool:
+    here = tracer()
+    return here is not None and not here.busy and not here.computes
+
+
 def test_a_request_that_fails_says_why(served: ServedPool, server: Collector) -> None:
     begin(server, sample=1.0)
     wrong = served.http.post("/v1/completions", json={"model": "absent", "prompt": "x"})
@@ -228,7 +267,6 @@ def test_a_request_that_fails_says_why(served: ServedPool, server: Collector) ->
     spans = trace_of(server, wrong.headers["x-trace-id"])
     assert spans[0].about["http.response.status_code"] == 404
     assert spans[0].error == ""
-    assert "traceparent" not in wrong.headers
     served.http.get("/nowhere/secret-path")
     end_tracing()
     assert not any("secret" in str(span) for span in server.spans)
@@ -275,10 +313,11 @@ def test_a_collector_that_is_down_or_hangs_loses_no_request(
     server.answers.clear()  # it takes requests and does not answer
     for _ in range(4):
         assert ask(served).json()["choices"][0]["text"] == text
-    counts = export_counts()
+    counts = trace_counts()
     assert counts is not None
-    assert counts.waiting <= 50
-    assert counts.dropped > 0
+    assert counts.spans.waiting <= 50
+    assert counts.spans.dropped > 0
+    assert counts.passed_over == 0
     server.answers.set()
     end_tracing()
     begin(replace(server, url="http://127.0.0.1:1"), sample=1.0)
@@ -286,11 +325,45 @@ def test_a_collector_that_is_down_or_hangs_loses_no_request(
         assert ask(served).json()["choices"][0]["text"] == text
 
 
-def test_calls_that_are_not_sampled_carry_nothing_and_are_not_asked_about(
+def test_calls_that_are_not_sampled_carry_nothing(
     served: ServedPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frames: list[bool] = []
-    monkeypatch.setattr(command_shell, "trace_send", lambda *_, **__: frames.append(True))
+    frames: list[Frame] = []
+    send = HostConnections.send_call
+
+    def noting(self: HostConnections, host: str, frame: Frame, *rest: Any) -> None:
+        frames.append(frame)
+        send(self, host, frame, *rest)
+
+    monkeypatch.setattr(HostConnections, "send_call", noting)
     with traced(recording(sample=0.0)):
         ask(served)
-    assert frames == []
+    assert frames
+    assert not any(frame.call.HasField("trace") for frame in frames)
+    frames.clear()
+    with traced(recording(sample=1.0)):
+        ask(served)
+    assert all(len(frame.call.trace.trace_ids) == 1 for frame in frames)
+
+
+def test_a_layer_that_is_not_traced_makes_nothing(served: ServedPool) -> None:
+    batch = served.pool.router.batch
+    with traced(recording(sample=0.0)):
+        ask(served)
+        assert batch.tracing(LayerKey("m", 0)) is batch.tracing(LayerKey("m", 1))
+        assert batch.layer_trace is None
+
+
+def test_ids_that_are_none_are_ignored_by_a_host(served: ServedPool) -> None:
+    with traced() as found:
+        for trace in (
+            Trace(trace_ids=[b"short"], span_id=b"12345678"),
+            Trace(trace_ids=[b"t" * 16], span_id=b"short"),
+            Trace(),
+        ):
+            reply, _ = call_host(served, "shm", trace=trace)
+            assert reply.seq == 1
+        assert found.spans == []
+        many = Trace(trace_ids=[bytes([n]) * 16 for n in range(1, 40)], span_id=b"12345678")
+        call_host(served, "grpc", trace=many)
+        assert len(found.named("host compute")) == MOST_REQUESTS
