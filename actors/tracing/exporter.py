@@ -105,7 +105,7 @@ class SpanExporter:
         self._thread.join(timeout_s)
         with self._lock:
             if self._waiting:
-                self._drop(len(self._waiting), "the process ends")
+                self._drop(len(self._waiting), "there is no more time")
                 self._waiting.clear()
 
     # ---- the thread -----------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class SpanExporter:
                     raise
             # At the end of the process there is no time for pauses.
             if self._stop.wait(pause_s) and time.monotonic() + pause_s >= self._until:
-                raise NotTaken("the process ends", again=False)
+                raise NotTaken("there is no more time", again=False)
             pause_s *= 2
         with self._lock:
             self._exported += len(batch) - refused
@@ -164,29 +164,33 @@ class SpanExporter:
         self._dropped += count
 
 
-def http_post(url: str, headers: Mapping[str, str]) -> Post:
-    """Return a function that posts OTLP to ``url``."""
-    import httpx
+class HttpPost:
+    """Posts OTLP to a collector; it keeps a connection until `close`."""
 
-    from .otlp import rejected
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        import httpx
 
-    client = httpx.Client(headers={**headers, "content-type": "application/x-protobuf"})
+        self._url = url
+        self._client = httpx.Client(headers={**headers, "content-type": "application/x-protobuf"})
 
-    def post(body: bytes, timeout_s: float) -> int:
+    def __call__(self, body: bytes, timeout_s: float) -> int:
+        import httpx
+
+        from .otlp import rejected
+
         try:
-            answer = client.post(url, content=body, timeout=timeout_s)
-        except httpx.HTTPError as error:
-            again = isinstance(error, httpx.TransportError)
-            raise NotTaken(describe_error(error), again=again) from error
-        if answer.status_code in _AGAIN:
-            raise NotTaken(f"the collector answers {answer.status_code}", again=True)
+            answer = self._client.post(self._url, content=body, timeout=timeout_s)
+        except httpx.TransportError as error:
+            raise NotTaken(describe_error(error), again=True) from error
         if not answer.is_success:
-            raise NotTaken(f"the collector answers {answer.status_code}", again=False)
+            why = f"the collector answers {answer.status_code}"
+            raise NotTaken(why, again=answer.status_code in _AGAIN)
         if "protobuf" not in answer.headers.get("content-type", ""):
             return 0
         return rejected(answer.content)[0]
 
-    return post
+    def close(self) -> None:
+        self._client.close()
 
 
 def encoder(resource: Mapping[str, Value]) -> Encode:

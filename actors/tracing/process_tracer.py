@@ -15,13 +15,14 @@ from ...cluster.tracing.settings import TraceSettings
 from ...cluster.tracing.spans import Recorder, Value
 from ...cluster.tracing.tracer import Tracer
 from ...proto.errors import SpecError
-from .exporter import MOST_WAITING, ExportCounts, SpanExporter, encoder, http_post
+from .exporter import MOST_WAITING, ExportCounts, HttpPost, SpanExporter, encoder
 
 # What collectors ask for, such as a token, which a spec should not hold: `key=value,key=value`.
 HEADERS = "OTEL_EXPORTER_OTLP_HEADERS"
 
 _tracer: Tracer | None = None
 _exporter: SpanExporter | None = None
+_post: HttpPost | None = None
 
 
 def tracer() -> Tracer | None:
@@ -40,7 +41,7 @@ def begin_tracing(settings: TraceSettings, kind: str, process: str, cluster: str
 
     ``kind`` is that of the process, and ``process`` its name in the log. Raises SpecError.
     """
-    global _exporter
+    global _exporter, _post
     end_tracing()
     resource: dict[str, Value] = {
         "service.name": f"moesaic-{kind}",
@@ -49,8 +50,8 @@ def begin_tracing(settings: TraceSettings, kind: str, process: str, cluster: str
         "process.pid": os.getpid(),
         "host.name": socket.gethostname(),
     }
-    post = http_post(settings.url, exporter_headers(os.environ))
-    _exporter = SpanExporter(settings.url, encoder(resource), post, most=MOST_WAITING)
+    _post = HttpPost(settings.url, exporter_headers(os.environ))
+    _exporter = SpanExporter(settings.url, encoder(resource), _post, most=MOST_WAITING)
     recorder = Recorder(_exporter.emit, time.time_ns, secrets.token_bytes, threading.Lock)
     use_tracer(Tracer(settings, recorder))
     atexit.register(end_tracing)
@@ -58,12 +59,14 @@ def begin_tracing(settings: TraceSettings, kind: str, process: str, cluster: str
 
 def end_tracing() -> None:
     """Send the spans that wait, for a bounded time, and trace nothing any more."""
-    global _exporter
+    global _exporter, _post
     use_tracer(None)
-    exporter, _exporter = _exporter, None
+    (exporter, _exporter), (post, _post) = (_exporter, None), (_post, None)
+    atexit.unregister(end_tracing)
     if exporter is not None:
-        atexit.unregister(end_tracing)
         exporter.close()
+    if post is not None:
+        post.close()
 
 
 class TraceCounts(NamedTuple):

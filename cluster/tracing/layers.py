@@ -105,7 +105,7 @@ class LayerTrace:
                     "moesaic.host": host,
                     "moesaic.rows": rows,
                     "moesaic.attempt": attempt,
-                    "moesaic.hedge": int(hedge),
+                    "moesaic.hedge": hedge,
                 },
             )
         return span_id
@@ -173,7 +173,7 @@ class LayerTrace:
                         Kind.CLIENT,
                         send.start_ns,
                         send.end_ns or now_ns,
-                        send.attributes | {"moesaic.answered": int(send.end_ns > 0)},
+                        send.attributes | {"moesaic.answered": send.end_ns > 0},
                         error=send.error,
                     )
                 )

@@ -11,7 +11,7 @@ from typing import Self
 
 from .context import SPAN_ID_BYTES, TraceContext
 
-Value = str | int | float
+Value = str | bool | int | float
 # Of one span. Names and values are the code's own, so the limit is never reached.
 MOST_EVENTS = 32
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -54,12 +54,9 @@ def recording(**settings: float) -> Recording:
 
 
 @contextmanager
-def traced(found: Recording | None = None, clock: Callable[[], int] | None = None):
-    """Trace in this process into ``found``, by its clock or another one."""
+def traced(found: Recording | None = None) -> Iterator[Recording]:
+    """Trace in this process into ``found``."""
     found = found or Recording()
-    if clock is not None:
-        found.recorder = replace(found.recorder, now_ns=clock)
-        found.tracer = Tracer(found.settings, found.recorder)
     use_tracer(found.tracer)
     try:
         yield found

@@ -100,7 +100,9 @@ def test_a_page_may_read_every_answer(
     answer = ask(method, path, origins=[PAGE], **more)
     assert answer.status_code == status
     assert answer.headers["access-control-allow-origin"] == PAGE
-    assert answer.headers["access-control-expose-headers"] == "x-request-id, retry-after"
+    assert (
+        answer.headers["access-control-expose-headers"] == "x-request-id, x-trace-id, retry-after"
+    )
     assert "Origin" in answer.headers["vary"]
     assert answer.headers["x-request-id"]
     if more.get("json", {}).get("stream"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -13,10 +13,10 @@ from moesaic.actors.tracing import exporter
 from moesaic.actors.tracing.exporter import (
     BATCH,
     TRIES,
+    HttpPost,
     NotTaken,
     SpanExporter,
     encoder,
-    http_post,
 )
 from moesaic.actors.tracing.otlp import encoded
 from moesaic.actors.tracing.process_tracer import exporter_headers
@@ -26,6 +26,7 @@ from tests.helpers.pool.transports import settles
 from tests.helpers.tracing.collector import collector
 
 LOGGER = "moesaic.actors.tracing.exporter"
+_HEADERS = {"x-token": "abc"}
 
 
 def span(number: int = 1) -> Span:
@@ -168,9 +169,8 @@ def test_the_end_waits_only_so_long_for_a_collector_that_hangs() -> None:
     assert not made._thread.is_alive()
 
 
-def test_what_travels_is_otlp(caplog: pytest.LogCaptureFixture) -> None:
-    with collector() as server:
-        post = http_post(f"{server.url}/v1/traces", {"x-token": "abc"})
+def test_what_travels_is_otlp() -> None:
+    with collector() as server, closing(HttpPost(f"{server.url}/v1/traces", _HEADERS)) as post:
         sent = Span(b"t" * 16, b"s" * 8, b"p" * 8, "layer", Kind.CLIENT, 1, 2, error="Busy")
         sent.attributes |= {"text": "x", "whole": 3, "part": 0.5}
         sent.events.append((1, "begins"))
@@ -193,7 +193,10 @@ def test_what_travels_is_otlp(caplog: pytest.LogCaptureFixture) -> None:
             with pytest.raises(NotTaken) as raised:
                 post(b"", 5.0)
             assert raised.value.again is again
-    with pytest.raises(NotTaken) as raised:
+    with (
+        closing(HttpPost(f"{server.url}/v1/traces", _HEADERS)) as post,
+        pytest.raises(NotTaken) as raised,
+    ):
         post(b"", 5.0)  # nobody listens any more
     assert raised.value.again
 

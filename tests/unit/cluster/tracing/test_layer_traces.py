@@ -91,7 +91,7 @@ def test_a_host_that_has_not_answered_may_have_spans_so_their_parent_exists() ->
             step.layer.answered(2, 0, 10)
     first, _ = found.named("expert call")
     assert first.span_id == late
-    assert first.attributes["moesaic.answered"] == 0
+    assert first.attributes["moesaic.answered"] is False
 
 
 def test_a_layer_that_fails_has_a_span() -> None:
