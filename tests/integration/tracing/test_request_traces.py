@@ -23,7 +23,7 @@ from moesaic.proto.expert_pb2 import Frame, Trace
 from tests.helpers.pool.host_calls import ask as call_host
 from tests.helpers.pool.router_services import router_service
 from tests.helpers.pool.served_pool import ServedPool, held, save_served_model, served_pool
-from tests.helpers.pool.serving import inputs, save_model
+from tests.helpers.pool.serving import KEY, inputs, save_model, serving
 from tests.helpers.pool.transports import settles
 from tests.helpers.processes.logged import logged, of
 from tests.helpers.tracing.collector import CollectedSpan, Collector, collector, connected
@@ -351,6 +351,21 @@ def test_a_layer_that_is_not_traced_makes_nothing(served: ServedPool) -> None:
         ask(served)
         assert batch.tracing(LayerKey("m", 0)) is batch.tracing(LayerKey("m", 1))
         assert batch.layer_trace is None
+
+
+def test_a_layer_that_the_trunk_computes_itself_has_a_span_without_calls(tmp_path: Path) -> None:
+    with serving(save_model(tmp_path), lends=True) as pool, traced() as found:
+        router = pool.router(borrows=True)
+        router.batch.log_step = lambda name, step: found.tracer.step(name, step, ["r"])
+        given = inputs(5)
+        assert settles(lambda: router.compute_all(KEY, *given) is not None)
+        with found.tracer.request("r", PARENT, "generate"):
+            router.begin_step()
+            router.forward(KEY, *given)
+            router.end_step()
+        layer = found.one("layer")
+        assert layer.attributes["moesaic.calls"] == 0
+        assert found.named("expert call") == []
 
 
 def test_ids_that_are_none_are_ignored_by_a_host(served: ServedPool) -> None:
