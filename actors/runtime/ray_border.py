@@ -30,8 +30,7 @@ from .ray_token import need_token
 
 log = logging.getLogger(__name__)
 
-# Serve logs every step to the driver, and Ray warns that it uses a token by default.
-logging.getLogger("ray.serve").setLevel(logging.WARNING)
+# Ray warns that it uses a token by default.
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 CONTROLLER = "controller"

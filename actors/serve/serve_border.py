@@ -144,6 +144,8 @@ def start_serve(place: ServeAddress, name: str) -> None:
     """Start Serve for the cluster ``name``, unless it runs."""
     if place.serve_runs:
         return
+    # Serve logs every step to whoever starts it; its import has set this level.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     door = f"{middlewares.__module__}.{middlewares.__name__}"
     serve.start(
         proxy_location="HeadOnly",

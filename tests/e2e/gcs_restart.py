@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 
 import moesaic
-from tests.helpers.processes.live import text_in_background, text_of, wait_replaced, wait_whole
+from tests.helpers.processes.live import streams, text_of, wait_replaced, wait_whole
 
 RAY = str(Path(sys.executable).parent / "ray")
 MODEL = "m"
 TOKENS = 150
+STREAMS = 16
 
 
 def start_ray(temp_dir: str, address: str) -> None:
@@ -47,7 +48,7 @@ def main(folder: str, temp_dir: str, address: str) -> None:
     with moesaic.up(spec) as cluster, moesaic.Client(cluster.url or "") as client:
         report["expected"] = text_of(client, MODEL, TOKENS)
         term = cluster.status().controller.term
-        with text_in_background(client, MODEL, TOKENS) as result:
+        with streams(client, MODEL, TOKENS, STREAMS) as texts:
             old = gcs()
             command, environment = old.cmdline(), old.environ()
             old.kill()
@@ -56,7 +57,7 @@ def main(folder: str, temp_dir: str, address: str) -> None:
             report["while_down"] = text_of(client, MODEL, TOKENS)
             quiet = subprocess.DEVNULL
             new = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
-            report["streamed"] = result()
+            (report["streamed"],) = texts()
         wait_whole(cluster)
         report["after"] = text_of(client, MODEL, TOKENS)
         # The control plane works on: a host's experts move, and what was lost is started anew.

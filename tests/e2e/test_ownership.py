@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -18,7 +16,7 @@ from moesaic.session import is_alive
 from tests.helpers.paths import ROOT
 from tests.helpers.processes.keepers import keepers
 from tests.helpers.processes.listening import kind_of
-from tests.helpers.processes.live import TEXT, greedy, text_of
+from tests.helpers.processes.live import streams, text_of
 from tests.helpers.processes.live import wait_until as settles
 from tests.helpers.processes.started import (
     ENVIRONMENT,
@@ -65,15 +63,6 @@ def hosts_told(running: Running) -> list[str]:
     return [host["name"] for host in (told or {"hosts": []})["hosts"] if host["state"] == "up"]
 
 
-def stream(client: Client, begun: threading.Semaphore) -> str:
-    pieces = []
-    for piece in client.stream_complete(TEXT, **greedy("m", TOKENS)):
-        if not pieces:
-            begun.release()
-        pieces.append(piece.text)
-    return "".join(pieces)
-
-
 def parts(running: Running, kind: str) -> list[psutil.Process]:
     if kind == "up":
         return [psutil.Process(running.process.pid)]
@@ -85,8 +74,9 @@ def parts(running: Running, kind: str) -> list[psutil.Process]:
 
 def test_whatever_is_killed_answers_end_whole(folder: Path, tmp_path: Path) -> None:
     model = {"name": "m", "path": str(folder), "replicas": 2}
-    more = {"models": [model], "hosts": [{"count": 2, "threads": 1}], "router": {"port": 0}}
-    with up(folder, tmp_path, **more) as running, ThreadPoolExecutor(STREAMS) as threads:
+    hosts = [{"count": 2, "max_count": 3, "threads": 1}]
+    more = {"models": [model], "hosts": hosts, "router": {"port": 0}}
+    with up(folder, tmp_path, **more) as running:
         started = set(parts(running, "memory keeper"))
         with Client(running.url, retries=0) as client:
             expected = text_of(client, "m", TOKENS)
@@ -94,14 +84,10 @@ def test_whatever_is_killed_answers_end_whole(folder: Path, tmp_path: Path) -> N
                 running.look()
                 victims = parts(running, kind)
                 assert victims, kind
-                begun = threading.Semaphore(0)
-                texts = [threads.submit(stream, client, begun) for _ in range(STREAMS)]
-                for _ in range(STREAMS):
-                    assert begun.acquire(timeout=60)
-                for victim in victims:
-                    victim.kill()
-                assert not any(one.done() for one in texts), "they ended before anything was killed"
-                assert {one.result(120) for one in texts} == {expected}, kind
+                with streams(client, "m", TOKENS, STREAMS) as texts:
+                    for victim in victims:
+                        victim.kill()
+                    assert texts() == {expected}, kind
                 # The others do their work, and the controller's successor knows them.
                 settles(lambda: hosts_told(running) == ["host-0", "host-1"], 60)
             running.process.wait(10)

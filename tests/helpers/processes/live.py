@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,29 @@ def greedy(model: str, tokens: int) -> Options:
 
 def text_of(client: Client, model: str, tokens: int) -> str:
     return client.complete(TEXT, **greedy(model, tokens)).text
+
+
+@contextmanager
+def streams(
+    client: Client, model: str, tokens: int, count: int
+) -> Iterator[Callable[[], set[str]]]:
+    """Answers that are under way: all have begun, and the call waits for their texts."""
+    begun = threading.Semaphore(0)
+
+    def stream() -> str:
+        pieces = []
+        for piece in client.stream_complete(TEXT, **greedy(model, tokens)):
+            if not pieces:
+                begun.release()
+            pieces.append(piece.text)
+        return "".join(pieces)
+
+    with ThreadPoolExecutor(count) as threads:
+        texts = [threads.submit(stream) for _ in range(count)]
+        for _ in range(count):
+            assert begun.acquire(timeout=60), "an answer does not begin"
+        assert not any(one.done() for one in texts), "they end before anything happens to them"
+        yield lambda: {one.result(120) for one in texts}
 
 
 def hosts_of(cluster: Cluster) -> dict[str, HostStatus]:
