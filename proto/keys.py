@@ -60,6 +60,11 @@ class ClusterSecret:
         """The key of the router service, which opens nothing else. Printable, without spaces."""
         return self._derive("router").hex()
 
+    @property
+    def operator_key(self) -> str:
+        """The key of the page's actions, which opens nothing else. Printable, without spaces."""
+        return self._derive("operator").hex()
+
     def keeper_address(self, node: str) -> str:
         """Return the abstract Unix address of a node's memory keeper."""
         return f"moesaic-keeper-{self._derive('keeper', node).hex()[:32]}"

@@ -23,6 +23,7 @@ from ...cluster.control.watchdog import Watchdog
 from ...cluster.expert_keys import ExpertKey, first_versions
 from ...cluster.load.meter import LoadReport
 from ...cluster.load.trace import LoadTotals
+from ...cluster.page_feed.items import FeedRevision, ItemChanges
 from ...cluster.placement import ModelRef, ModelShape, PlacementId, PlacementNews
 from ...cluster.reports.activity import Activity, ExpertReport
 from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
@@ -46,6 +47,7 @@ from .host_polling import HostPolling, PollResult
 from .host_provisioner import HostProvisioner, HostStarter
 from .operations import Operations
 from .overview import LoopState, Overview
+from .page_items import PageItems
 from .restoring import restore
 from .sizing import Sizing
 from .training import Training
@@ -70,11 +72,7 @@ SLOW_TICK_S = 2 * REPORT_TIMEOUT_S
 class Controller:
     """The controller of one cluster; it runs as an asyncio Ray actor."""
 
-    def __init__(
-        self,
-        namespace: str,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, namespace: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Control the cluster whose `Deployment` is stored. Raises ClusterError."""
         begin_process("controller", "controller", cluster_of(namespace))
         self._namespace = namespace
@@ -140,6 +138,7 @@ class Controller:
             term=self._term,
             clock=clock,
         )
+        self._page_items = PageItems(self._overview)
         loop = asyncio.get_running_loop()
         self._loop = loop.create_task(self._run())
         self._watching = loop.create_task(
@@ -318,6 +317,9 @@ class Controller:
         self, model: str | None, layer: int | None, hot: int | None
     ) -> list[ExpertReport]:
         return self._overview.experts(model, layer, hot)
+
+    async def page_items(self, known: FeedRevision | None) -> ItemChanges:
+        return self._page_items.since(known)
 
     async def totals(self) -> LoadTotals:
         return self._overview.totals()

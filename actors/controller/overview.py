@@ -14,6 +14,7 @@ from ...cluster.control.status_views import HostCounters, HostRates, expert_view
 from ...cluster.control.watchdog import Vitals, Watchdog
 from ...cluster.load.meter import HostPath
 from ...cluster.load.trace import LoadTotals
+from ...cluster.page_feed.timeline import SeenHost, Timeline
 from ...cluster.placement import ModelRef, ModelShape, PlacementId
 from ...cluster.reports.activity import Activity, ExpertReport, HostActivity, ModelActivity
 from ...cluster.reports.report import PlacementNumber
@@ -74,6 +75,7 @@ class Overview:
     loop: LoopState
     term: int
     rates: HostRates = field(default_factory=HostRates)
+    timeline: Timeline = field(default_factory=Timeline)
     clock: Callable[[], float] = time.monotonic
 
     def status(self) -> ClusterStatus:
@@ -201,6 +203,7 @@ class Overview:
                 )
                 metrics.set(self._vitals(now))
                 self.loop.watch_error = ""
+                self._note_events()
             except Exception as error:
                 # A failure here must not stop the controller. `status` shows it; try again.
                 self.loop.watch_error = f"watchdog: {describe_error(error)}"
@@ -210,6 +213,24 @@ class Overview:
     def _vitals(self, now: float) -> Vitals:
         hosts = self.control.view.hosts
         return self.watchdog.vitals([self.hosts.state(host) for host in hosts], now)
+
+    def _note_events(self) -> None:
+        control, reports = self.control, self.hosts.reports
+        run = control.training.alive
+        self.timeline.note(
+            time.time(),
+            {
+                host: SeenHost(
+                    state=self.hosts.state(host),
+                    incarnation=reports[host].entry.incarnation if host in reports else None,
+                    draining=host in control.leaving,
+                )
+                for host in control.view.hosts
+            },
+            asleep=control.idle_models.asleep,
+            run=None if run is None else str(run),
+            error=self.loop.error,
+        )
 
     # ---- parts ----------------------------------------------------------------------------------
 

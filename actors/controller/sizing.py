@@ -13,6 +13,7 @@ from collections.abc import Callable
 from ...cluster.control.control import Control
 from ...cluster.reports.scaling import ScalingReport, ScalingStatus
 from ...cluster.scaling.fleet import Fleet
+from ...cluster.scaling.scale_events import ScaleEvent
 from ...proto.errors import ClusterError
 from ..store.durable_state import store_asleep, store_constraints, store_fleet
 
@@ -109,6 +110,11 @@ class Sizing:
                 "be down; `moesaic logs controller` has more"
             )
         return self._fleet.report(self._control, now, owner_age_s=age_s, problem=problem)
+
+    @property
+    def scalings(self) -> list[ScaleEvent]:
+        """The last changes of the pool's size, the newest at the end."""
+        return self._fleet.scalings.all
 
     def waiting(self, host: str, now: float) -> str | None:
         """Return what a host that has not started yet waits for."""

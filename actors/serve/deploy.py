@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import os
-import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-import ray
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from ...cluster.card_memory import CACHE_PAGE_TOKENS
 from ...cluster.placement import ModelRef
-from ...cluster.reports.status import ClusterStatus
 from ...cluster.service.web_guard import is_loopback
 from ...cluster.spec.parts import MonitoringSpec
 from ...cluster.spec.spec import Spec
-from ...proto.errors import ClusterError, InternalError, NoAnswer, describe_error
+from ...proto.errors import ClusterError
 from ..engine.engine import EngineConfig, ExpertBounds
 from ..engine.trunk_config import TrunkConfig
-from ..runtime.ray_border import CONTROLLER, actor_options, last_line, namespace_of
+from ..runtime.ray_border import actor_options, last_line, namespace_of
 from ..store.start_failures import StartFailure, describe_failures
 from ..trunk.engine_factory import EngineFactory
-from .serve_app import QUESTION_TIMEOUT_S, START_TIMEOUT_S, Trunk, build, ending_s
+from .controller_link import ControllerPage, ControllerStatus
+from .serve_app import START_TIMEOUT_S, Trunk, build, ending_s
 from .serve_border import (
     ServeAddress,
     app_name,
@@ -116,6 +112,7 @@ def deploy_endpoint(
             experts=experts,
             monitoring=watched and MonitoringSpec(host=watched.host, port=watched.port),
             own_hosts=own_hosts(place, watched),
+            page=ControllerPage(namespace),
         )
         target = serve.RunTarget(app, app_name(spec), place.prefix)
         serve.run_many([target], wait_for_applications_running=False)
@@ -220,86 +217,3 @@ def _tokenizer(path: Path) -> Callable[[], Any]:
         return read_tokenizer(path)
 
     return load
-
-
-class ControllerStatus:
-    """Asks a cluster's controller for its status.
-
-    Ray's call that looks up an actor blocks, for long while Ray's GCS is down, so it has a
-    thread of its own.
-    """
-
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
-        self._controller: Any = None  # this handle stays valid when Ray restarts the controller
-        self._looking: asyncio.Future[Any] | None = None
-
-    def __reduce__(self) -> tuple[type[ControllerStatus], tuple[str]]:
-        return ControllerStatus, (self._namespace,)
-
-    async def __call__(self) -> ClusterStatus:
-        controller = await self._find()
-        return await answered(controller.status.remote())
-
-    async def _find(self) -> Any:
-        if self._controller is None:
-            if self._looking is None or self._looking.done():
-                self._looking = in_thread(self._look)
-            try:
-                async with asyncio.timeout(QUESTION_TIMEOUT_S):
-                    self._controller = await asyncio.shield(self._looking)
-            except TimeoutError:
-                text = f"Ray did not find the controller within {QUESTION_TIMEOUT_S:g} s"
-                raise NoAnswer(text) from None
-            except ValueError:
-                text = "the controller is not there; it is being restarted"
-                raise NoAnswer(text) from None
-        return self._controller
-
-    def _look(self) -> Any:
-        return ray.get_actor(CONTROLLER, namespace=self._namespace)
-
-
-def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run ``work`` in a new thread; the event loop's pool of threads is for short work."""
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            told = partial(_set, found, work(), None)
-        except Exception as error:
-            # Whatever it is, it is raised where the result is awaited.
-            told = partial(_set, found, None, error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and its callers with it
-            loop.call_soon_threadsafe(told)
-
-    threading.Thread(target=run, daemon=True).start()
-    return found
-
-
-def _set(found: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
-    if found.cancelled():
-        return
-    if error is None:
-        found.set_result(value)
-    else:
-        found.set_exception(error)
-
-
-async def answered(asked: Awaitable[T]) -> T:
-    """Return the controller's answer.
-
-    Raises NoAnswer where it takes too long or is being restarted, and InternalError where it
-    failed.
-    """
-    try:
-        async with asyncio.timeout(QUESTION_TIMEOUT_S):
-            return await asked
-    except TimeoutError:
-        raise NoAnswer(f"the controller did not answer within {QUESTION_TIMEOUT_S:g} s") from None
-    except RayTaskError as error:
-        cause = describe_error(error.cause)
-        raise InternalError(f"the controller could not give its status: {cause}") from error
-    except RayError as error:
-        raise NoAnswer(f"the controller is being restarted ({last_line(error)})") from error

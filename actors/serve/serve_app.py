@@ -27,7 +27,7 @@ from ray.serve.handle import (
     DeploymentResponseGenerator,
 )
 
-from ...cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
+from ...cluster.reports.status import EngineStatus
 from ...cluster.routing.expert_fallback import DroppedExperts
 from ...cluster.service.progress import STALLED_S, ModelProgress, TrunkHeartbeat
 from ...cluster.service.web_guard import WebGuard
@@ -45,8 +45,6 @@ from ..endpoint.http.bodies import BodyLimits
 from ..endpoint.http.gate import Gate
 from ..endpoint.http.health import Health, ModelHealth
 from ..endpoint.http.metrics import HttpMetrics
-from ..endpoint.http.monitoring_app import monitoring_app
-from ..endpoint.http.monitoring_server import monitoring
 from ..endpoint.ingress import create_app
 from ..engine.engine import (
     Delta,
@@ -61,8 +59,10 @@ from ..engine.engine import (
 )
 from ..engine.served_model import ServedModel
 from ..engine.traced import trace_id_of, traced_call, traced_generate
+from ..page.page_app import PageSource
 from ..runtime.log_settings import log_runtime_env
 from ..runtime.ray_border import HEAD_NODE, last_line
+from .monitoring_address import ClusterStatusSource, Watched
 from .replica_start import starting
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ START_TIMEOUT_S = 600.0
 _FULL = "the model's trunks have as many requests as they can take; try again later"
 
 T = TypeVar("T")
-ClusterStatusSource = Callable[[], Awaitable[ClusterStatus]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,10 +357,12 @@ class Ingress:
         experts: Mapping[str, ExpertBounds],
         monitoring: MonitoringSpec | None,
         own_hosts: Collection[str],
+        page: PageSource | None,
     ) -> None:
         self._endpoint = endpoint
         self._monitoring = monitoring
         self._own_hosts = own_hosts
+        self._page = page
         self._aliases = aliases
         self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
@@ -405,19 +406,18 @@ class Ingress:
 
     def _lifespan(self, metrics: HttpMetrics, health: Health) -> StatelessLifespan[FastAPI] | None:
         """Return a lifespan that runs the monitoring server as long as the app, or None."""
-        at = self._monitoring
-        if at is None:
+        if self._monitoring is None:
             return None
-        app = monitoring_app(
-            status=self._status,
-            engines=self._engines,
-            metrics=metrics,
-            health=health,
-            guard=WebGuard.of(
-                at.host, allowed_hosts=self._endpoint.allowed_hosts, own=self._own_hosts
-            ),
+        watched = Watched(
+            trunks=self._trunks, cluster=self._cluster_status, page=self._page, gate=self._gate
         )
-        return lambda _: monitoring(app, at.host, at.port)
+        return watched.lifespan(
+            self._monitoring,
+            metrics,
+            health,
+            allowed_hosts=self._endpoint.allowed_hosts,
+            own_hosts=self._own_hosts,
+        )
 
     async def _model(self, name: str, trunk: TrunkClient) -> ServedModel:
         tokenizer = self._tokenizers[name]()
@@ -426,19 +426,6 @@ class Ingress:
         health = self._health[name]
         generate, embed = health.watch(trunk.generate), health.watch_embed(trunk.embed)
         return ServedModel(name, tokenizer, limits, traced_call(generate, name), embed)
-
-    async def _engines(self) -> dict[str, EngineStatus]:
-        found = await asyncio.gather(*(trunk.status() for trunk in self._trunks.values()))
-        return dict(zip(self._trunks, found, strict=True))
-
-    async def _status(self) -> EndpointStatus:
-        # At the same time, since each may take QUESTION_TIMEOUT_S.
-        engines, cluster = await asyncio.gather(self._engines(), self._cluster())
-        healthy = all(one.healthy for one in engines.values())
-        return EndpointStatus(healthy=healthy, engines=engines, cluster=cluster)
-
-    async def _cluster(self) -> ClusterStatus | None:
-        return None if self._cluster_status is None else await self._cluster_status()
 
 
 def _failure(error: Exception, request_id: str) -> ErrorValue:
@@ -470,6 +457,7 @@ def build(
     experts: Mapping[str, ExpertBounds] | None = None,
     monitoring: MonitoringSpec | None = None,
     own_hosts: Collection[str] = (),
+    page: PageSource | None = None,
 ) -> Application:
     """Return the application for ``serve.run``.
 
@@ -477,7 +465,7 @@ def build(
     ingress; its answer is part of ``/status``, which is at the address ``monitoring``, whose port
     must be set. With ``cold_start_s`` trunks may scale to zero and take that long to
     come back. ``aliases``: more names, by model. ``own_hosts``: host names by which clients are
-    told to reach the endpoint.
+    told to reach the endpoint. ``page`` is what the page at that address is about; None: no page.
     """
     endpoint = endpoint or EndpointSpec()
     return Ingress.options(
@@ -493,4 +481,5 @@ def build(
         dict(experts or {}),
         monitoring,
         tuple(own_hosts),
+        page,
     )

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..expert_keys import LayerKey
 from ..reports.report import Balancedness, balancedness_of
 from .change_impact import balancedness_under
 from .control import Control
@@ -76,6 +77,7 @@ class Watchdog:
         self._pending = self._missing = self._unprotected = 0
         self.balancedness: dict[str, Balancedness] = {}  # of each model
         self.overall_balancedness: Balancedness | None = None
+        self.layer_balancedness: dict[LayerKey, float] = {}  # of each layer with load
 
     # ---- input ----------------------------------------------------------------------------------
 
@@ -143,6 +145,7 @@ class Watchdog:
         figures = {model: balancedness_of(values) for model, values in by_model.items()}
         self.balancedness = {model: one for model, one in figures.items() if one is not None}
         self.overall_balancedness = balancedness_of(list(found.values()))
+        self.layer_balancedness = found
 
 
 def _age(moment: float | None, now: float) -> float | None:

@@ -129,3 +129,23 @@ class WebGuard:
                 f"Origin: {', '.join(origins)[:100]!r} is another site; add it to "
                 "`endpoint.cors_origins` of the cluster's spec to allow its requests"
             )
+
+
+def check_same_site(hosts: Sequence[str], origins: Sequence[str], fetched: Sequence[str]) -> None:
+    """Check that a request that changes something comes from this server's own page, or from none.
+
+    The arguments are all its Host, Origin and Sec-Fetch-Site headers. Raises Forbidden.
+    """
+    if any(site not in ("same-origin", "none") for site in fetched):
+        raise Forbidden(
+            f"Sec-Fetch-Site: {', '.join(fetched)[:100]!r} is another page; only this server's own "
+            "page may do this"
+        )
+    if not origins:
+        return
+    own = {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")} if hosts else set()
+    if len(origins) != 1 or origins[0].lower() not in own:
+        raise Forbidden(
+            f"Origin: {', '.join(origins)[:100]!r} is another page; only this server's own page "
+            "may do this"
+        )

@@ -45,11 +45,12 @@ class ClusterSession:
     ray_folder: str | None = None  # of a Ray of Moesaic's own, which stays on loopback
     ready: bool = True  # False: it is starting, or its start was cut off
     url: str | None = None
-    monitoring: str | None = None  # the address of the endpoint's /status and /metrics
+    monitoring: str | None = None  # the address of the page, /status and /metrics
     ray_token: str | None = field(default=None, repr=False)  # of an embedded Ray
     ray_insecure: bool = False  # the spec allows a Ray that asks for no token
     router: str | None = None  # host:port of the router service
     router_key: str | None = field(default=None, repr=False)  # that its clients must show
+    operator_key: str | None = field(default=None, repr=False)  # for the actions of the page
     logs: str | None = None  # the folder of Ray's logs on this machine
     drain_s: float = 0.0  # seconds for running answers when the cluster ends
 
@@ -149,6 +150,7 @@ _FORMS: dict[str, _Form] = {
     "router": (_address, "host:port"),
     "ray_token": (_secret, "a token"),
     "router_key": (_secret, "a key"),
+    "operator_key": (_secret, "a key"),
     "drain_s": (lambda seconds: math.isfinite(seconds) and seconds >= 0, "seconds"),
     "logs": (_folder, "the absolute path of a folder"),
     "ray_folder": (_ray_folder, "the folder of a Ray"),

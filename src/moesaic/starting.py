@@ -59,7 +59,7 @@ def up(
         stay_on_loopback()
     from .actors.runtime.ray_border import log_folder, ray_address
     from .actors.serve.launch import launch
-    from .actors.store.cluster_secret import router_key_of
+    from .actors.store.cluster_secret import router_key_of, secret_of
 
     found: list[ClusterSession] = []
 
@@ -97,6 +97,7 @@ def up(
         monitoring=launched.monitoring,
         router=launched.router,
         router_key=None if launched.router is None else router_key_of(launched.namespace),
+        operator_key=secret_of(launched.namespace).operator_key,
     )
     cluster = Cluster(session, ends_with_program=True)
     try:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -34,15 +34,20 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def monitoring(app: ASGIApp, host: str, port: int) -> AsyncGenerator[None, None]:
+async def monitoring(
+    app: ASGIApp, host: str, port: int, ending: Callable[[], None] = lambda: None
+) -> AsyncGenerator[None, None]:
     """Serve ``app`` at the address; while the port is taken, keep trying.
 
-    The endpoint serves requests meanwhile.
+    The endpoint serves requests meanwhile. ``ending`` is called before the server ends, so that
+    streams of events end with an event.
     """
     serving = asyncio.create_task(_serve(app, host, port), name="monitoring")
     try:
         yield
     finally:
+        ending()
+        await asyncio.sleep(0)  # streams that wait for news send their last event
         serving.cancel()
         # `_serve` logs its own errors.
         await asyncio.gather(serving, return_exceptions=True)

@@ -45,6 +45,7 @@ cluster/planner                     cluster
 cluster/training                    proto cluster
 cluster/control                     cluster cluster/load cluster/planner cluster/reports
                                     cluster/training
+cluster/page_feed                   proto cluster cluster/reports
 cluster/scaling                     cluster/load cluster/planner cluster/reports
                                     cluster/control
 cluster/spec                        proto cluster cluster/service cluster/batching
@@ -103,6 +104,7 @@ actors/router_service               proto kernels models/trunk cluster cluster/b
                                     cluster/tracing actors/tracing
 actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
                                     cluster/training cluster/control cluster/scaling cluster/spec
+                                    cluster/page_feed
                                     actors/runtime actors/store actors/host actors/router_service
 actors/endpoint/openai              proto cluster/routing actors/text actors/engine
 actors/endpoint/http                proto cluster/reports cluster/service cluster/spec
@@ -110,15 +112,17 @@ actors/endpoint/http                proto cluster/reports cluster/service cluste
                                     actors/endpoint/openai
 actors/endpoint                     proto cluster/service actors/text actors/tracing actors/engine
                                     actors/endpoint/openai actors/endpoint/http
+actors/page                         proto cluster/page_feed cluster/service actors/endpoint/http
 actors/preflight                    proto kernels/training models models/folder models/trunk cluster
                                     cluster/planner cluster/scaling cluster/spec cluster/training
                                     actors/text actors/runtime actors/engine
 actors/serve                        proto models models/folder cluster cluster/reports
                                     cluster/service cluster/routing cluster/spec
+                                    cluster/page_feed
                                     actors/runtime actors/store actors/engine actors/trunk
                                     actors/tracing
                                     actors/router_service actors/controller actors/endpoint
-                                    actors/endpoint/http actors/preflight
+                                    actors/endpoint/http actors/page actors/preflight
 """
 MAX_FILES = 15
 MAX_LINES = 500

@@ -15,7 +15,7 @@ from moesaic.actors.endpoint.http import monitoring_server
 from moesaic.actors.endpoint.http.metrics import HttpMetrics
 from moesaic.actors.endpoint.http.monitoring_app import monitoring_app
 from moesaic.actors.runtime.ports import free_port
-from moesaic.actors.serve import deploy
+from moesaic.actors.serve import controller_link
 from moesaic.cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
 from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.proto.errors import ClusterError, MoesaicError, NoAnswer
@@ -146,9 +146,9 @@ async def test_a_ray_that_does_not_answer_holds_nothing_up(monkeypatch: pytest.M
         go_on.wait(10)
         raise ValueError(name)
 
-    monkeypatch.setattr(deploy.ray, "get_actor", get_actor)
-    monkeypatch.setattr(deploy, "QUESTION_TIMEOUT_S", 0.05)
-    asks = deploy.ControllerStatus("moesaic-x")
+    monkeypatch.setattr(controller_link.ray, "get_actor", get_actor)
+    monkeypatch.setattr(controller_link, "QUESTION_TIMEOUT_S", 0.05)
+    asks = controller_link.ControllerStatus("moesaic-x")
     beats = 0
 
     async def beat() -> None:
@@ -165,7 +165,7 @@ async def test_a_ray_that_does_not_answer_holds_nothing_up(monkeypatch: pytest.M
     assert beats >= 10, "the event loop goes on"
     assert calls == [("controller", "moesaic-x")], "one thread waits, however often it is asked"
     go_on.set()
-    monkeypatch.setattr(deploy, "QUESTION_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(controller_link, "QUESTION_TIMEOUT_S", 5.0)
     with pytest.raises(MoesaicError, match="the controller is not there"):
         await asks()
 
@@ -183,8 +183,8 @@ async def test_the_controller_is_looked_up_once(monkeypatch: pytest.MonkeyPatch)
         looked.append(name)
         return Controller
 
-    monkeypatch.setattr(deploy.ray, "get_actor", get_actor)
-    asks = deploy.ControllerStatus("moesaic-x")
+    monkeypatch.setattr(controller_link.ray, "get_actor", get_actor)
+    asks = controller_link.ControllerStatus("moesaic-x")
     for _ in range(3):
         assert await asks() == cluster_report()
     assert len(looked) == 1
