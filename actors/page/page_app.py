@@ -18,12 +18,13 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from ...cluster.page_feed.actions import ACTIONS, BODY_BYTES, parsed_action
 from ...cluster.page_feed.items import FeedRevision, ItemChanges
 from ...cluster.service.web_guard import check_same_site
-from ...proto.errors import RequestError, Unauthenticated, UnknownModel
+from ...proto.errors import Unauthenticated
 from ...proto.keys import same_key
 from ..endpoint.http.bodies import Bodies, BodyLimits
 from .broadcast import Broadcast
@@ -96,7 +97,7 @@ def add_page(app: FastAPI, source: PageSource, own: Callable[[], Awaitable[Any]]
     async def file(name: str, request: Request) -> Response:
         found = files.get(name)
         if found is None:
-            raise UnknownModel(f"there is no file {name[:100]!r}")
+            raise HTTPException(404, f"there is no file {name[:100]!r}")
         return _sent(found, request)
 
     @app.get("/events")
@@ -112,12 +113,13 @@ def add_page(app: FastAPI, source: PageSource, own: Callable[[], Awaitable[Any]]
         )
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise RequestError(f"Content-Type: {kind[:100]!r} is not application/json")
+            raise HTTPException(415, f"Content-Type: {kind[:100]!r} is not application/json")
         await _check_key(headers.getlist("authorization"), source)
         if name == "check":
             return Response(status_code=204)
         if name not in ACTIONS:
-            raise UnknownModel(f"there is no action {name[:100]!r}; there are {', '.join(ACTIONS)}")
+            there_are = ", ".join(ACTIONS)
+            raise HTTPException(404, f"there is no action {name[:100]!r}; there are {there_are}")
         action = await bodies.parsed(request, lambda body: parsed_action(name, body))
         method, arguments = action.call()
         if name != "plan":

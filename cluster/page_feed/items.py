@@ -97,8 +97,9 @@ class ItemStore:
         if not self._reaches(known):
             return ItemChanges(since=None, revision=self.revision, values=dict(self._values))
         assert known is not None
-        values = {name: self._values[name] for name, at in self._stamps.items() if at > known.number}
-        removed = tuple(name for name, at in self._removed.items() if at > known.number)
+        since = known.number
+        values = {name: self._values[name] for name, at in self._stamps.items() if at > since}
+        removed = tuple(name for name, at in self._removed.items() if at > since)
         return ItemChanges(since=known, revision=self.revision, values=values, removed=removed)
 
     def _reaches(self, known: FeedRevision | None) -> bool:
