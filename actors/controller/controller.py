@@ -138,7 +138,7 @@ class Controller:
             term=self._term,
             clock=clock,
         )
-        self._page_items = PageItems(self._overview)
+        self._page_items = PageItems(self._overview, cluster_of(namespace))
         loop = asyncio.get_running_loop()
         self._loop = loop.create_task(self._run())
         self._watching = loop.create_task(

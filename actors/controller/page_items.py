@@ -28,8 +28,11 @@ _MIB = 1 << 20
 class PageItems:
     """Reads an `Overview` into items."""
 
-    def __init__(self, overview: Overview, *, unix_clock: Callable[[], float] = time.time) -> None:
-        """Nothing is read before `since` is called."""
+    def __init__(
+        self, overview: Overview, cluster: str, *, unix_clock: Callable[[], float] = time.time
+    ) -> None:
+        """Nothing is read before `since` is called; ``cluster`` is the cluster's name."""
+        self._cluster = cluster
         self._overview = overview
         self._control = overview.control
         # Turns times of the controller's clock into Unix times that stay the same.
@@ -111,6 +114,7 @@ class PageItems:
         store.put(
             "health",
             {
+                "cluster": self._cluster,
                 "term": overview.term,
                 "warnings": vitals.warnings(),
                 "error": overview.loop.error or None,
