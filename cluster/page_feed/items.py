@@ -69,9 +69,9 @@ class ItemStore:
 
     def remove(self, name: str) -> None:
         """Remove an item, if it is there."""
-        if self._values.pop(name, None) is None:
+        if name not in self._values:
             return
-        del self._stamps[name]
+        del self._values[name], self._stamps[name]
         self._removed[name] = self._count + 1
         self._changed = True
 

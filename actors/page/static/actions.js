@@ -1,6 +1,6 @@
 // What operators do: each action asks first, and shows its key to the server alone.
 
-import { bytes, make, many, say, seconds } from "./words.js";
+import { bytes, make, many, number, say, seconds } from "./words.js";
 
 const KEPT = "moesaic-operator-key";
 const $ = (id) => document.getElementById(id);
@@ -168,7 +168,7 @@ function showPlan(operator, plan) {
     fact("moves", `${many(plan.moves.length, "replica")}, ${bytes(plan.weight_bytes)}, about ${seconds(plan.expected_s)}`),
     fact("leave", many(plan.drops.length, "replica")),
     fact("balancedness", `mean ${before.mean.toFixed(3)} → ${after.mean.toFixed(3)}, worst layer ${before.worst.toFixed(3)} → ${after.worst.toFixed(3)}`),
-    fact("with one replica", `${many(plan.unprotected_experts_before, "expert")} → ${plan.unprotected_experts_after}`));
+    fact("with one replica", `${many(plan.unprotected_experts_before, "expert")} → ${number(plan.unprotected_experts_after)}`));
   const body = make("tbody");
   for (const move of plan.moves.slice(0, 200)) {
     body.append(make("tr", "", make("td", "n", String(move.layer)), make("td", "n", String(move.expert)), make("td", "", move.host), make("td", "", `${move.kind}: ${move.reason}`)));
@@ -198,10 +198,10 @@ export function askReplicate(operator, { model, layer, expert }, count) {
 export function askScale(operator, groups) {
   const told = groups.map((group, i) => make("p", "note", `group ${i}: ${many(group.hosts, "host")} now, ${group.min_hosts} to ${group.max_hosts}`));
   const words = make("p", "", "Hosts that leave are drained first; hosts that come wait for a machine.");
-  const number = field("hosts", "hosts", "number", String(groups[0].hosts), { min: 1, max: 100000, step: 1 });
+  const count = field("hosts", "hosts", "number", String(groups[0].hosts), { min: 1, max: 100000, step: 1 });
   const group = field("group", "group", "select", groups.map((_, i) => String(i)));
-  group.lastChild.addEventListener("change", () => (number.lastChild.value = groups[group.lastChild.value].hosts));
-  ask("Scale a group of hosts", [words, ...told, group, number], "Scale", async (values) => {
+  group.lastChild.addEventListener("change", () => (count.lastChild.value = groups[group.lastChild.value].hosts));
+  ask("Scale a group of hosts", [words, ...told, group, count], "Scale", async (values) => {
     const done_ = await operator.post("scale", { group: Number(values.group), hosts: Number(values.hosts) });
     done(`group ${done_.group}: ${done_.hosts_before} → ${many(done_.target_hosts, "host")}, ${done_.phase.replaceAll("_", " ")}`);
   });

@@ -9,15 +9,15 @@ const GLIDE_S = 0.16;
 const HOT_PART = 0.9985;
 const STEPS = [1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 256, 512, 1024];
 const NICE = [1, 1.5, 2, 3, 5, 7, 10];
-// The balancedness view goes from half the mean to twice the mean.
-const OCTAVES = 1;
+// The balancedness view goes from 2/3 of the mean to 3/2 of it.
+const EVEN_SPAN = 2 * Math.log(1.5);
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 const darkly = matchMedia("(prefers-color-scheme: dark)");
 
 /** Return where a load is on the colours: many are far below the hottest, and are to differ, too. */
 export function loadPart(part) {
-  return Math.min(1, part) ** 0.6;
+  return Math.min(1, part) ** 0.72;
 }
 
 export class HeatMap {
@@ -87,7 +87,7 @@ export class HeatMap {
   get legend() {
     if (this.view === "load") return ["0", `≥ ${Math.round(this.most).toLocaleString("en")} / s`];
     if (this.view === "replicas") return ["1", `${this._mostReplicas()}`];
-    return ["½ of the mean", "2 ×"];
+    return ["⅔ of the mean", "1.5 ×"];
   }
 
   // ---- values to colours --------------------------------------------------------------------------
@@ -128,7 +128,7 @@ export class HeatMap {
       let part;
       if (this.view === "load") part = loadPart(load[i] / this.most);
       else if (this.view === "replicas") part = (replicas[i] - 1) / (most - 1);
-      else part = 0.5 + Math.log2(Math.max(even[i], 1e-3)) / (2 * OCTAVES);
+      else part = 0.5 + Math.log(Math.max(even[i], 1e-3)) / EVEN_SPAN;
       const shade = 3 * Math.round(Math.max(0, Math.min(1, part)) * (SHADES - 1));
       goal[at] = colors[shade];
       goal[at + 1] = colors[shade + 1];
@@ -159,8 +159,7 @@ export class HeatMap {
     const glides = this._glide(still.matches ? 1 : 1 - Math.exp(-seconds / GLIDE_S));
     const { x, y, cw, rh, dpr } = this._place;
     this._small.getContext("2d").putImageData(this._image, 0, 0);
-    ctx.imageSmoothingEnabled = cw * dpr < 2 && cw * dpr % 1 !== 0;
-    ctx.imageSmoothingQuality = "high";
+    ctx.imageSmoothingEnabled = false;
     ctx.drawImage(this._small, x * dpr, y * dpr, model.width * cw * dpr, model.height * rh * dpr);
     this._gaps(ctx);
     this._mark(now);

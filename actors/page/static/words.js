@@ -30,8 +30,12 @@ export function percent(value, digits = 0) {
   return `${(100 * value).toFixed(digits)} %`;
 }
 
+/** The time of day, with the day if it is another one. */
 export function time(unixS) {
-  return new Date(1000 * unixS).toLocaleTimeString("en-GB");
+  const moment = new Date(1000 * unixS);
+  const words = moment.toLocaleTimeString("en-GB");
+  if (moment.toDateString() === new Date().toDateString()) return words;
+  return `${moment.toLocaleDateString("en-GB", { day: "numeric", month: "short" })} ${words.slice(0, 5)}`;
 }
 
 export function seconds(value) {

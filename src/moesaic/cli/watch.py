@@ -14,6 +14,7 @@ from ..handle import connect
 from ..logs import KINDS, LogKind, read_logs
 from ..proto.errors import CheckpointError, ClusterError
 from ..session import logged_session
+from .page import page
 from .progress import bars
 from .terminal import number, print_json, print_report, table, until_ctrl_c
 from .top import top
@@ -32,7 +33,7 @@ _HORIZONS = ("10 s", "60 s", "600 s")
 
 
 def register(app: typer.Typer) -> None:
-    for command in (experts, logs, record, top):
+    for command in (experts, logs, page, record, top):
         app.command()(command)
 
 

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.cluster.service.web_guard import WebGuard, host_of, is_host, is_loopback
+from moesaic.cluster.service.web_guard import (
+    WebGuard,
+    check_same_site,
+    host_of,
+    is_host,
+    is_loopback,
+)
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import Forbidden, SpecError
 
@@ -133,3 +139,38 @@ def test_allowed_hosts_in_the_spec_have_no_ports(bad: str) -> None:
     assert endpoint is not None
     with pytest.raises(SpecError, match="remove the others"):
         parse_spec({"endpoint": {"allowed_hosts": ["*", "a"]}})
+
+
+# ---- what changes something comes from the server's own page -------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hosts", "origins", "fetched"),
+    [
+        (["127.0.0.1:8002"], [], []),  # no browser
+        (["127.0.0.1:8002"], ["http://127.0.0.1:8002"], ["same-origin"]),
+        (["Ops.example"], ["https://ops.example"], ["same-origin"]),  # behind a proxy with TLS
+        (["127.0.0.1:8002"], [], ["none"]),
+    ],
+)
+def test_the_own_page_may_act(hosts: list[str], origins: list[str], fetched: list[str]) -> None:
+    check_same_site(hosts, origins, fetched)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "origins", "fetched"),
+    [
+        (["127.0.0.1:8002"], ["http://127.0.0.1:8000"], []),  # the endpoint's port is another page
+        (["127.0.0.1:8002"], ["http://localhost:8002"], []),
+        (["127.0.0.1:8002"], ["https://evil.example"], []),
+        (["127.0.0.1:8002"], ["null"], []),
+        (["127.0.0.1:8002"], ["http://127.0.0.1:8002", "http://127.0.0.1:8002"], []),
+        ([], ["http://"], []),
+        (["127.0.0.1:8002"], [], ["cross-site"]),
+        (["127.0.0.1:8002"], ["http://127.0.0.1:8002"], ["same-site"]),
+        (["127.0.0.1:8002"], [], ["same-origin", "cross-site"]),
+    ],
+)
+def test_other_pages_may_not_act(hosts: list[str], origins: list[str], fetched: list[str]) -> None:
+    with pytest.raises(Forbidden, match="is another page"):
+        check_same_site(hosts, origins, fetched)
