@@ -60,7 +60,7 @@ def told(cluster: Any) -> dict[str, Any]:
     """What everybody may ask of the cluster and of Ray, by the name of the question."""
     status = cluster.status().model_dump(mode="json")
     found: dict[str, Any] = {"status": status, "session": repr(need_session(NAME))}
-    for path in ("status", "metrics"):
+    for path in ("status", "metrics", "", "page/main.js"):
         found[f"/{path}"] = read(f"{cluster.monitoring}/{path}")
     for name in LISTS:
         # Of tasks and objects it tells no more than it has room for.

@@ -20,6 +20,7 @@ import pytest
 from google.protobuf.text_encoding import CEscape
 
 from moesaic.actors.runtime.embedded_ray import processes_of
+from moesaic.proto.keys import ClusterSecret
 from moesaic.router_keys import VARIABLE
 from tests.e2e.owner_of_secrets import NAME, ROUTER_KEY, SECRET
 from tests.integration.conftest import save_model
@@ -52,7 +53,12 @@ class Marks:
     proofs: dict[str, bytes]
 
     def found_in(self, text: bytes) -> set[str]:
-        values = {"the secret": self.secret, "the key": self.router_key.encode(), **self.proofs}
+        values = {
+            "the secret": self.secret,
+            "the key": self.router_key.encode(),
+            "the operator key": ClusterSecret(self.secret).operator_key.encode(),
+            **self.proofs,
+        }
         return {what for what, value in values.items() if any(f in text for f in forms(value))}
 
 
@@ -147,9 +153,9 @@ def test_in_no_log(running: Running) -> None:
         assert not running.marks.found_in(file.read_bytes()), file
 
 
-def test_the_session_file_has_the_key_alone_for_its_user_alone(running: Running) -> None:
+def test_the_session_file_has_the_keys_alone_for_its_user_alone(running: Running) -> None:
     (file,) = running.cache.rglob(f"{NAME}.json")
-    assert running.marks.found_in(file.read_bytes()) == {"the key"}
+    assert running.marks.found_in(file.read_bytes()) == {"the key", "the operator key"}
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     for other in running.cache.rglob("*"):

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from ..handle import connect
 from ..logs import KINDS, LogKind, read_logs
+from ..page_address import open_page, page_address
 from ..proto.errors import CheckpointError, ClusterError
-from ..session import logged_session
-from .page import page
+from ..session import logged_session, need_session
 from .progress import bars
 from .terminal import number, print_json, print_report, table, until_ctrl_c
 from .top import top
@@ -53,6 +53,22 @@ def experts(
     """Show for each expert its hosts, load, pins and requested number of replicas."""
     found = connect(name).experts(model, layer, hot=hot)
     print_report(found) if as_json else _print_experts(found)
+
+
+def page(
+    name: NameOption = "local",
+    only_print: Annotated[
+        bool,
+        typer.Option("--print", help="Print the page's address with the key, and open nothing."),
+    ] = False,
+) -> None:
+    """Open the page of a cluster in the browser, with the key that its actions need."""
+    session = need_session(name)
+    if only_print:
+        print(page_address(session))
+    else:
+        open_page(session)
+        screen.print(f"opened {session.monitoring}/ with the operator key")
 
 
 def _print_experts(found: list[ExpertReport]) -> None:

@@ -35,6 +35,7 @@ def test_it_shows_in_no_text(caplog: pytest.LogCaptureFixture) -> None:
     assert VALUE.hex() not in told
     assert repr(VALUE)[2:-1] not in told
     assert secret.router_key not in told
+    assert secret.operator_key not in told
     assert not hasattr(secret, "__dict__")
 
 
@@ -80,7 +81,8 @@ def test_nothing_derived_is_another_derived() -> None:
     place = target("h", 1)
     derived = [secret.proof(plane, place) for plane in PLANES]
     derived += [made(proof) for proof in derived for made in (proof_hash, reply_hash)]
-    derived += [secret.grant("h", 1, KEY, 1, 1), bytes.fromhex(secret.router_key), VALUE]
+    derived += [secret.grant("h", 1, KEY, 1, 1), VALUE]
+    derived += [bytes.fromhex(key) for key in (secret.router_key, secret.operator_key)]
     assert len(set(derived)) == len(derived)
 
 

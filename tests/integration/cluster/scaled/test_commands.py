@@ -131,6 +131,7 @@ TYPED = {
 # What an endless or asking command needs beside what is printed.
 BESIDE = {
     "moesaic top": ["--once"],
+    "moesaic page": ["--print"],
     "moesaic rebalance": ["--yes"],
     "moesaic record OUT": ["--seconds", "1"],
     "moesaic complete ...": ["--max-tokens", "3"],
