@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-QUICK := "not slow and not cuda and not vllm"
+QUICK := "not slow and not cuda and not vllm and not browser"
 # The files that may have tests with a mark, so that the others are not imported for nothing, which
 # takes 10 s; none where ARGS name files. tests/conftest.py sees that none is missed.
 marked = $(if $(findstring tests/,$(ARGS)),,$(shell grep -rlE $(1) tests --include='test_*.py'))
 
-.PHONY: up test test-together test-alone test-all test-numeric test-vllm test-trl test-lowest test-clients lint types bench proto spec reports docs clean
+.PHONY: up test test-together test-alone test-all test-numeric test-vllm test-trl test-lowest test-clients test-browser lint types bench proto spec reports docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -69,6 +69,12 @@ test-clients: $(READY)  ## newest client libraries, in an environment of their o
 		| { grep -v '^WARNING: Location' || true; }
 	@.venv-clients/bin/python -m pytest -W default --disable-warnings \
 		--confcutdir tests/with_clients tests/with_clients $(ARGS)
+
+# npm reads package.json there; nothing of it is part of the product.
+test-browser: $(READY)  ## the page in Debian's chromium
+	@mkdir -p build/browser && cp tests/with_browser/package.json build/browser/
+	@npm install --prefix build/browser --no-package-lock --no-audit --no-fund --silent
+	@$(BIN)/python -m pytest -m browser tests/with_browser $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -56,8 +56,8 @@ function show() {
       map.choose(row, expert);
       $("plot").scrollIntoView({ block: "nearest" });
     });
-    showChoice(map.pointed || map.chosen, null, true);
   }
+  if (has("load:", "place:", "wishes")) showChoice(map.pointed || map.chosen, null, true);
   if (has("moves", "health")) {
     map.moves = feed.items.get("moves") || [];
     map.update();
