@@ -1,7 +1,7 @@
 """The controller's items of the page, gathered when the ingress asks: while somebody watches.
 
 Loads, placements and hosts are read every time, and only what has changed leaves the process. What
-takes milliseconds in a large pool is read twice a second.
+takes long in a large pool is read once a second.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ...cluster.scaling.scale_events import ScaleEvent
 from ..host.report import HostReport
 from .overview import Overview
 
-SLOW_S = 0.5
+SLOW_S = 1.0
 # What one item holds at most; the page shows no more.
-_CHANGES, _SCALINGS, _MOVES, _MISSING, _WISHES = 40, 20, 200, 50, 200
+_CHANGES, _SCALINGS, _MOVES, _WISHES = 40, 20, 200, 200
 _MIB = 1 << 20
 
 
@@ -103,14 +103,13 @@ class PageItems:
             }
         self._store.put_group("host:", hosts)
 
-    # ---- twice a second -------------------------------------------------------------------------
+    # ---- once a second --------------------------------------------------------------------------
 
     def _put_health(self, now: float) -> int:
         """Put the pool's health and size; return how many planned replicas are missing."""
         overview, control, store = self._overview, self._control, self._store
         states = [overview.hosts.state(host) for host in control.view.hosts]
         vitals = overview.watchdog.vitals(states, now)
-        missing = control.missing() if vitals.missing_experts else {}
         store.put(
             "health",
             {
@@ -119,9 +118,6 @@ class PageItems:
                 "warnings": vitals.warnings(),
                 "error": overview.loop.error or None,
                 "missing": vitals.missing_experts,
-                "missing_examples": [
-                    [*key, why] for key, why in itertools.islice(missing.items(), _MISSING)
-                ],
                 "unprotected": vitals.unprotected_experts,
                 "pending": vitals.moves_pending,
                 "automatic": control.policy.auto,

@@ -1,8 +1,8 @@
 """Send the page's items to all browsers that have it open.
 
 One task asks the controller, at most ten times a second, and only while a browser is connected. It
-encodes what has changed once for all. Nothing is queued for a browser: it gets what has changed if
-it has the revision before, and else everything. So a slow one costs no memory.
+encodes what has changed once for all. Nothing is queued for a browser: when it has taken an event,
+it gets what has changed since then, as one. So a slow one costs no memory.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Broadcast:
         # Items of one ingress have a term of their own, so that no browser takes them for others.
         self._store = ItemStore(term=time.time_ns() // 1_000_000)
         self._known: FeedRevision | None = None
-        self._last: tuple[FeedRevision, bytes] | None = None  # from which revision to the present
-        self._snapshot: tuple[FeedRevision, bytes] | None = None
+        # Revision of browsers -> the event that brings them to the present one.
+        self._events: dict[FeedRevision | None, bytes] = {}
         self._news = asyncio.Event()
         self._watching = 0
         self._task: asyncio.Task[None] | None = None
@@ -97,8 +97,7 @@ class Broadcast:
         while self._task is not None:
             now = self._store.revision
             if seen != now and now.number:
-                last = self._last
-                event = last[1] if last is not None and last[0] == seen else self._whole()
+                event = self._event(seen)
                 seen = now
                 yield event
                 continue
@@ -128,7 +127,7 @@ class Broadcast:
             ok = await self._take_news()
             before, told = self._store.revision, self._store.commit()
             if told:
-                self._last = before, event_of(self._store.since(before))
+                self._events = {before: event_of(self._store.since(before))}
                 self._tell()
             pause_s = (self._update_s if told else max(QUIET_S, self._update_s)) if ok else FAILED_S
             await asyncio.sleep(max(0.0, began + pause_s - self._clock()))
@@ -169,11 +168,10 @@ class Broadcast:
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _whole(self) -> bytes:
-        now = self._store.revision
-        if self._snapshot is None or self._snapshot[0] != now:
-            self._snapshot = now, event_of(self._store.since(None))
-        return self._snapshot[1]
+    def _event(self, seen: FeedRevision | None) -> bytes:
+        if seen not in self._events:
+            self._events[seen] = event_of(self._store.since(seen))
+        return self._events[seen]
 
     def _tell(self) -> None:
         self._news.set()
@@ -184,7 +182,7 @@ class Broadcast:
             self._task.cancel()
             self._task = None
         # They are as large as the model, and nobody reads them.
-        self._last = self._snapshot = None
+        self._events = {}
 
 
 def _is_own(name: str) -> bool:

@@ -190,7 +190,8 @@ class Control:
 
     def missing(self) -> dict[ExpertKey, str]:
         """Return the experts that no host holds now, and why."""
-        missing = [key for key in every_expert(self._awake()) if not self.view.holders(key)]
+        held = self.view.held_by()
+        missing = [key for key in every_expert(self._awake()) if key not in held]
         return {key: self.loader.why_missing(self.view.versions.served(key)) for key in missing}
 
     def lost(self, weights: Iterable[ExpertVersion]) -> list[ExpertVersion]:
@@ -261,7 +262,9 @@ class Control:
 
     def unprotected(self) -> list[ExpertKey]:
         """Return the experts that would be lost with one failure domain."""
-        return [key for key in every_expert(self._awake()) if len(self.view.domains(key)) == 1]
+        held, hosts = self.view.held_by(), self.view.hosts
+        domains = {key: {hosts[host].domain or host for host in of} for key, of in held.items()}
+        return [key for key in every_expert(self._awake()) if len(domains.get(key, ())) == 1]
 
     def staying(self, now: float) -> list[PoolHost]:
         """Return the hosts that are usable and not leaving."""

@@ -214,6 +214,18 @@ class PoolView:
         seen = self.observations.get(host)
         return seen is not None and seen.holds(self.versions.served(key))
 
+    def held_by(self) -> dict[ExpertKey, list[str]]:
+        """Return the holders of every expert that has some: `holders` of a whole pool at once."""
+        found: dict[ExpertKey, list[str]] = {}
+        served = self.versions.of
+        for host, seen in self.observations.items():
+            for layer, experts in seen.holdings.items():
+                for expert, versions in experts.items():
+                    key = layer.expert(expert)
+                    if served(key) in versions:
+                        found.setdefault(key, []).append(host)
+        return found
+
     def domains(self, key: ExpertKey) -> set[str]:
         """Return the failure domains in which a host holds an expert."""
         return {self.hosts[host].domain or host for host in self.holders(key)}

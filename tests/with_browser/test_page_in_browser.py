@@ -366,7 +366,7 @@ def test_ten_updates_a_second_of_all_experts(browser: Browser) -> None:
     [
         ("page-1440", 1440, "dark", None),
         ("page-720", 720, "light", None),
-        ("page-map", 1280, "dark", ".map"),
+        ("page-map", 1440, "dark", ".map"),
     ],
 )
 def test_pictures(

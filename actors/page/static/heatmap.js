@@ -15,9 +15,12 @@ const EVEN_SPAN = 2 * Math.log(1.5);
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 const darkly = matchMedia("(prefers-color-scheme: dark)");
 
-/** Return where a load is on the colours: many are far below the hottest, and are to differ, too. */
+/**
+ * Return where a load is on the colours, from its part of the scale. Most experts are far below the
+ * hottest and are to differ, too; on a light page they would be too much ink.
+ */
 export function loadPart(part) {
-  return Math.min(1, part) ** 0.72;
+  return Math.min(1, part) ** (darkly.matches ? 0.72 : 1);
 }
 
 export class HeatMap {
@@ -297,9 +300,9 @@ export class HeatMap {
     if (!model || !w) return;
     const dpr = Math.max(1, window.devicePixelRatio || 1);
     const room = (w - AXIS - STRIP) / model.width;
-    // Whole pixels, so that all cells are alike; a narrow page cannot afford that.
+    // Whole pixels, so that all cells are alike, unless that leaves much of the page empty.
     let cw = Math.min(96, Math.floor(room * dpr) / dpr);
-    if (cw * dpr < 2 && cw < 0.85 * room) cw = room;
+    if (cw < 0.85 * Math.min(96, room)) cw = room;
     const rh = Math.max(4, Math.min(24, Math.floor(500 / model.height)));
     const h = TOP + model.height * rh + 6;
     this._place = { x: AXIS, y: TOP, cw, rh, dpr, w };

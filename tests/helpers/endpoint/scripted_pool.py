@@ -351,7 +351,6 @@ class ScriptedPool:
             "warnings": [],
             "error": None,
             "missing": 0,
-            "missing_examples": [],
             "unprotected": self._single(),
             "pending": len(self.moves),
             "automatic": True,

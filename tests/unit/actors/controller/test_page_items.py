@@ -123,7 +123,7 @@ def test_everything_can_be_sent_and_nothing_changes_by_itself(world: FleetWorld)
     page = PageItems(overview_of(world), "c")
     first = page.since(None)
     assert event_of(first).startswith(b"event: snapshot\n")
-    world.now += 0.7
+    world.now += 1.7
     assert page.since(first.revision).empty, "ages would change all the time"
 
 
@@ -188,7 +188,7 @@ def test_moves_under_way_and_a_drain(world: FleetWorld) -> None:
     world.scale(1)
     for _ in range(4):
         world.tick()
-    world.now += 1.0
+    world.now += 2.0
     items = applied(before.values, page.since(before.revision))
     assert [host for host in ("host-0", "host-1") if items[f"host:{host}"]["draining"]]
     assert len(items["moves"]) == items["health"]["pending"]
