@@ -469,14 +469,14 @@ class EndpointSpec(Part):
 
 
 class MonitoringSpec(Part):
-    """The address of `/status` and `/metrics`, on the endpoint's machine (Ray's head node)."""
+    """The address of the page, `/status` and `/metrics`, on the machine of the endpoint."""
 
     host: Address = "127.0.0.1"
-    """Address on which `/status` and `/metrics` are served. `127.0.0.1` (default): only programs on
-    the endpoint's machine can read `/status` and `/metrics`."""
+    """Address on which the page, `/status` and `/metrics` are served. `127.0.0.1` (default): only
+    programs on the endpoint's machine can read them."""
 
     port: int = Field(default=8002, ge=0, le=65_535)
-    """Port on which `/status` and `/metrics` are served. 0: any free port."""
+    """Port on which they are served. 0: any free port."""
 
 
 class TimeoutSpec(Part):

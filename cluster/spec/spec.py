@@ -295,8 +295,8 @@ class Spec(Part):
     """The HTTP endpoint with an OpenAI-style API. `null`: the cluster has no endpoint."""
 
     monitoring: MonitoringSpec | None = MonitoringSpec()
-    """The address at which the endpoint's process serves `/status` and `/metrics`. `null`: the
-    process serves neither."""
+    """The address at which the endpoint's process serves the page, `/status` and `/metrics`.
+    `null`: the process serves none of them."""
 
     traces: TracesSpec = TracesSpec()
     """Which requests are traced, and where their spans are sent."""
