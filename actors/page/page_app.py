@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from ...cluster.page_feed.actions import ACTIONS, BODY_BYTES, parsed_action
 from ...cluster.page_feed.items import FeedRevision, ItemChanges
 from ...cluster.service.web_guard import check_same_site
-from ...proto.errors import Unauthenticated
+from ...proto.errors import ClusterError, Unauthenticated
 from ...proto.keys import same_key
 from ..endpoint.http.bodies import Bodies, BodyLimits
 from .broadcast import Broadcast
@@ -124,7 +124,11 @@ def add_page(app: FastAPI, source: PageSource, own: Callable[[], Awaitable[Any]]
         method, arguments = action.call()
         if name != "plan":
             log.info("an operator asks on the page: %s %s", name, action.model_dump())
-        done = await source.act(method, arguments)
+        try:
+            done = await source.act(method, arguments)
+        except ClusterError as error:
+            # The controller refuses it as things are, or cannot do it: nothing of ours failed.
+            raise HTTPException(409, str(error)) from error
         return Response(done.model_dump_json(), media_type="application/json")
 
     return broadcast

@@ -10,10 +10,15 @@ from tests.with_browser.browser import Browser, lacking
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def is_installed() -> None:
+    """Skip what needs a browser where there is none."""
     why = lacking()
     if why is not None:
         pytest.skip(why)
+
+
+@pytest.fixture(scope="module")
+def browser(is_installed: None) -> Iterator[Browser]:
     made = Browser()
     try:
         yield made

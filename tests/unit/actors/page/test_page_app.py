@@ -218,7 +218,7 @@ async def test_wrong_actions_and_bodies(http: httpx.AsyncClient, pool: ScriptedP
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(ClusterError("host: 'x' does not exist"), 500), (NoAnswer("the controller restarts"), 503)],
+    [(ClusterError("host: 'x' does not exist"), 409), (NoAnswer("the controller restarts"), 503)],
 )
 async def test_an_error_of_the_controller_is_said_in_its_words(
     http: httpx.AsyncClient, pool: ScriptedPool, error: Exception, status: int
