@@ -163,7 +163,7 @@ async def test_nothing_happens_without_the_key(
 @pytest.mark.parametrize("key", [KEY[:-1], KEY + "x", KEY.upper(), "ключ"])
 async def test_a_wrong_key_says_so(http: httpx.AsyncClient, pool: ScriptedPool, key: str) -> None:
     header = f"Bearer {key}".encode()
-    answer = await http.post("/actions/plan", json={}, headers={"Authorization": header})
+    answer = await http.post("/actions/plan", json={}, headers={b"Authorization": header})
     assert answer.status_code == 401
     assert "is not the operator key of this cluster" in words(answer)
     assert pool.asked == []
