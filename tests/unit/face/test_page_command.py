@@ -11,7 +11,7 @@ import pytest
 
 from moesaic import page_address
 from moesaic.cli.main import main
-from moesaic.session import session_dir, write_session
+from moesaic.session import ClusterSession, session_dir, write_session
 
 KEY = "ab12" * 16
 AT = "http://127.0.0.1:8002"
@@ -21,12 +21,14 @@ AT = "http://127.0.0.1:8002"
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(page_address, "_OPENING_S", 0.0)
+    monkeypatch.setattr(ClusterSession, "alive", True)
     announce()
 
 
 def announce(**more: Any) -> None:
     values = {"monitoring": AT, "operator_key": KEY, **more}
-    write_session(name="local", ray_address="127.0.0.1:6379", embedded=True, url=None, **values)
+    found = ClusterSession(name="local", pid=1, started=0.0, ray_address="127.0.0.1:6379", **values)
+    write_session(found)
 
 
 def test_the_key_is_in_the_fragment(capsys: pytest.CaptureFixture[str]) -> None:
