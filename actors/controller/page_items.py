@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...cluster.control.changes import Change
 from ...cluster.expert_keys import LayerKey
 from ...cluster.page_feed.items import FeedRevision, ItemChanges, ItemStore
 from ...cluster.page_feed.layers import PlacedLayers, even_units, item_name, load_tenths
+from ...cluster.reports.placing import ChangeReport
 from ...cluster.scaling.scale_events import ScaleEvent
 from ..host.report import HostReport
 from .overview import Overview
@@ -180,18 +180,21 @@ class PageItems:
         )
 
     def _put_history(self, now: float, pending: int) -> None:
-        changes = self._control.changes.all[-_CHANGES:]
-        self._store.put("changes", [self._change(one, now, pending) for one in changes])
+        changes = self._control.changes
+        told = [self._change(one.report(now), one.began) for one in changes.earlier] + [
+            self._change(one.report(now, pending_moves=pending), one.began) for one in changes.all
+        ]
+        self._store.put("changes", told[-_CHANGES:])
         scalings = self._overview.sizing.scalings[-_SCALINGS:]
         self._store.put("scalings", [self._scaling(one) for one in scalings])
         self._store.put("events", self._overview.timeline.events)
 
-    def _change(self, change: Change, now: float, pending: int) -> dict[str, Any]:
-        report = change.report(now, pending_moves=pending)
+    def _change(self, report: ChangeReport, began: float) -> dict[str, Any]:
         measured = report.measured
+        ended = None if report.duration_s is None else began + report.duration_s
         return report.model_dump(mode="json", exclude={"age_s", "duration_s"}) | {
-            "began": self._unix_s(change.began),
-            "ended": self._unix_s(change.ended),
+            "began": self._unix_s(began),
+            "ended": self._unix_s(ended),
             "errors": report.errors[:5],
             "measured": None
             if measured is None

@@ -56,7 +56,7 @@ cluster/comparison                  cluster cluster/load cluster/planner cluster
 
 actors/text                         proto
 actors/tracing                      proto cluster cluster/routing cluster/tracing
-actors/runtime                      proto cluster cluster/planner cluster/routing cluster/spec
+actors/runtime                      proto cluster cluster/routing cluster/spec
                                     actors/tracing
 actors/store                        proto cluster cluster/planner cluster/spec actors/runtime
 actors/transport                    proto kernels/slabs models/folder
