@@ -8,7 +8,7 @@ QUICK := "not slow and not cuda and not vllm and not browser"
 # takes 10 s; none where ARGS name files. tests/conftest.py sees that none is missed.
 marked = $(if $(findstring tests/,$(ARGS)),,$(shell grep -rlE $(1) tests --include='test_*.py'))
 
-.PHONY: up test test-together test-alone test-all test-numeric test-vllm test-trl test-lowest test-clients test-browser lint types bench proto spec reports docs clean
+.PHONY: up test test-together test-alone test-all test-numeric test-vllm test-trl test-lowest test-clients test-browser lint types bench proto spec reports metrics docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -94,6 +94,9 @@ spec: $(READY)  ## regenerate docs/spec.md
 
 reports: $(READY)  ## regenerate docs/reports.md
 	@$(BIN)/python -m moesaic.cluster.reports.page > docs/reports.md
+
+metrics: $(READY)  ## regenerate docs/metrics.md
+	@$(BIN)/python -m moesaic.cluster.metrics.page > docs/metrics.md
 
 proto: $(READY)  ## regenerate the code of proto/
 	@$(BIN)/python -m grpc_tools.protoc -Imoesaic/proto=proto --python_out=src --pyi_out=src \

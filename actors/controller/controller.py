@@ -23,6 +23,7 @@ from ...cluster.control.watchdog import Watchdog
 from ...cluster.expert_keys import ExpertKey, first_versions
 from ...cluster.load.meter import LoadReport
 from ...cluster.load.trace import LoadTotals
+from ...cluster.metrics.snapshot import MetricsSnapshot
 from ...cluster.page_feed.items import FeedRevision, ItemChanges
 from ...cluster.placement import ModelRef, ModelShape, PlacementId, PlacementNews
 from ...cluster.reports.activity import Activity, ExpertReport
@@ -125,6 +126,7 @@ class Controller:
         self._overview = Overview(
             control=self._control,
             hosts=self._hosts,
+            orders=self._orders,
             sizing=self._sizing,
             training=self._training,
             watchdog=self._watchdog,
@@ -141,9 +143,7 @@ class Controller:
         self._page_items = PageItems(self._overview, cluster_of(namespace))
         loop = asyncio.get_running_loop()
         self._loop = loop.create_task(self._run())
-        self._watching = loop.create_task(
-            self._overview.watch(namespace, lambda: self._polling.quiet)
-        )
+        self._watching = loop.create_task(self._overview.watch(lambda: self._polling.quiet))
         self._provisioner = HostProvisioner(
             HostStarter(spec, namespace, first, self._hosts.nodes),
             namespace,
@@ -321,6 +321,9 @@ class Controller:
     async def page_items(self, known: FeedRevision | None) -> ItemChanges:
         return self._page_items.since(known)
 
+    async def metrics(self, hot_experts: int) -> MetricsSnapshot:
+        return self._overview.metrics(hot_experts)
+
     async def totals(self) -> LoadTotals:
         return self._overview.totals()
 
@@ -444,7 +447,7 @@ class Controller:
             self._state.plan_error = f"planner: {describe_error(error)}"
             log.exception("the planner failed; the current placement stays in use")
         finally:
-            self._watchdog.plan_ended(failed=found is None)
+            self._watchdog.plan_ended(self._clock(), failed=found is None)
             self._control.planned(command, found, self._clock())
             self._wake.set()
 

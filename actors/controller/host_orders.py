@@ -15,6 +15,7 @@ from ...cluster.control.commands import EndRun, Evict
 from ...cluster.control.control import Control
 from ...cluster.control.loading import LoadExperts
 from ...cluster.expert_keys import ExpertVersion
+from ...cluster.metrics.snapshot import LoadCounts
 from ...cluster.placement import ModelRef, ModelShape
 from ...cluster.training.orders import CloseRun
 from ...proto.errors import MoesaicError, Superseded, describe_error
@@ -52,6 +53,7 @@ class HostOrders:
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
         self._ends: dict[str, asyncio.Task[None]] = {}
         self._evictions: dict[str, int] = defaultdict(int)  # count of ended ones, by host
+        self.loads: dict[str, LoadCounts] = defaultdict(LoadCounts)  # by model
 
     def start(self, command: LoadExperts | Evict | EndRun) -> None:
         """Carry a command out, unless the host has one of its kind already."""
@@ -103,6 +105,7 @@ class HostOrders:
             )
             await asyncio.wait_for(asked, LOAD_TIMEOUT_S)
             self._hosts.errors.pop(host, None)
+            self._count(command, failed=False)
         except (RayTaskError, MoesaicError) as failure:
             cause = self.cause(failure)
             error = self._hosts.errors[host] = describe_error(cause)
@@ -118,7 +121,12 @@ class HostOrders:
             del self._loads[host]
             self._changed(host)
         if error:
+            self._count(command, failed=True)
             self._control.load_failed(host, command.weights, error, self._clock())
+
+    def _count(self, command: LoadExperts, *, failed: bool) -> None:
+        for key, _ in command.weights:
+            self.loads[key.model].count(self._models[key.model][1].expert_bytes, failed=failed)
 
     async def _evict(self, command: Evict) -> None:
         host = command.host

@@ -12,8 +12,10 @@ from ...cluster.control.control import Control
 from ...cluster.control.operations import check_layer, check_model
 from ...cluster.control.status_views import HostCounters, HostRates, expert_views, hottest
 from ...cluster.control.watchdog import Vitals, Watchdog
+from ...cluster.expert_keys import FIRST_VERSION
 from ...cluster.load.meter import HostPath
 from ...cluster.load.trace import LoadTotals
+from ...cluster.metrics.snapshot import MetricsSnapshot, ModelFigures, PathCounts
 from ...cluster.page_feed.timeline import SeenHost, Timeline
 from ...cluster.placement import ModelRef, ModelShape, PlacementId
 from ...cluster.reports.activity import Activity, ExpertReport, HostActivity, ModelActivity
@@ -33,9 +35,8 @@ from ...cluster.reports.status import (
 from ...proto.errors import ClusterError, describe_error
 from ..host.report import HostReport
 from ..router_service.service_actor import ServiceWatch
-from ..runtime.ray_border import cluster_of
 from .host_actors import HostActors
-from .metrics import PoolMetrics
+from .host_orders import HostOrders
 from .sizing import Sizing
 from .training import Training
 
@@ -63,10 +64,11 @@ class LoopState:
 
 @dataclass(slots=True, kw_only=True)
 class Overview:
-    """Answers `status`, `top` and recordings, and exports metrics."""
+    """Answers `status`, `top`, recordings and scrapes of metrics."""
 
     control: Control
     hosts: HostActors
+    orders: HostOrders
     sizing: Sizing
     training: Training
     watchdog: Watchdog
@@ -80,6 +82,46 @@ class Overview:
 
     def status(self) -> ClusterStatus:
         """Return the whole status."""
+        control = self.control
+        return self._status(
+            [
+                RouterStatus(
+                    name=name,
+                    placement=_number(number),
+                    paths=[_path(one) for one in control.paths.get(name, ())],
+                )
+                for name, number in control.publisher.routers(self.clock()).items()
+            ]
+        )
+
+    def metrics(self, hot_experts: int) -> MetricsSnapshot:
+        """Return what metrics are made of; hundreds of routers are told of as sums."""
+        control, hosts = self.control, self.control.view.hosts
+        times = control.loads.hosts
+        return MetricsSnapshot(
+            status=self._status([]),
+            activity=self.top(hot_experts),
+            routers=control.loads.routers,
+            router_count=len(control.publisher.routers(self.clock())),
+            paths=PathCounts.of(path for paths in control.paths.values() for path in paths),
+            host_queued_s={host: times[host].queued_s for host in hosts if host in times},
+            models={
+                name: ModelFigures(
+                    assignments=sum(
+                        int(counts.sum())
+                        for key, counts in control.loads.totals.items()
+                        if key.model == name
+                    ),
+                    version=control.view.versions.models.get(name, FIRST_VERSION),
+                    loads=self.orders.loads[name],
+                )
+                for name in self.models
+            },
+            plans=self.watchdog.plans,
+            last_change=0 if (last := control.changes.find(None)) is None else last.id,
+        )
+
+    def _status(self, routers: list[RouterStatus]) -> ClusterStatus:
         now, control = self.clock(), self.control
         vitals = self._vitals(now)
         missing, obstacles = control.missing(), control.drain_obstacles()
@@ -95,14 +137,7 @@ class Overview:
             warnings=vitals.warnings(),
             balancing=self._balancing(vitals, now),
             scaling=self.sizing.status(now),
-            routers=[
-                RouterStatus(
-                    name=name,
-                    placement=_number(number),
-                    paths=[_path(one) for one in control.paths.get(name, ())],
-                )
-                for name, number in control.publisher.routers(now).items()
-            ],
+            routers=routers,
             router_service=None if self.service is None else self.service.status(),
             hosts=[self._host_status(host, obstacles, now) for host in control.view.hosts],
             models=[
@@ -186,9 +221,8 @@ class Overview:
 
     # ---- watching -------------------------------------------------------------------------------
 
-    async def watch(self, namespace: str, is_quiet: Callable[[], bool]) -> None:
-        """Export metrics in a task of its own, so that they show a stuck loop."""
-        metrics: PoolMetrics | None = None
+    async def watch(self, is_quiet: Callable[[], bool]) -> None:
+        """Take readings in a task of its own, so that they show a stuck loop."""
         watched_at = -QUIET_WATCH_S
         while True:
             now = self.clock()
@@ -197,11 +231,10 @@ class Overview:
                 continue
             watched_at = now
             try:
-                metrics = metrics or PoolMetrics(cluster_of(namespace))
                 self.rates.note(
                     {host: _counters(report) for host, report in self.hosts.reports.items()}, now
                 )
-                metrics.set(self._vitals(now))
+                self._vitals(now)
                 self.loop.watch_error = ""
                 self._note_events()
             except Exception as error:
@@ -267,13 +300,15 @@ class Overview:
         obstacle = self.sizing.waiting(host, now)
         if host in obstacles:
             obstacle = f"draining; {obstacles[host]}"
-        report = self.hosts.reports.get(host)
+        report, known = self.hosts.reports.get(host), self.control.view.hosts[host]
         return HostStatus(
             name=host,
             state=self.hosts.state(host),
             obstacle=obstacle,
             error=self.hosts.errors.get(host) or None,
             process=None if report is None else report.process(),
+            slots=self.control.loader.slots.get(host, known.slots),
+            memory_limit_bytes=known.memory_bytes,
         )
 
 

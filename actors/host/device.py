@@ -13,6 +13,7 @@ from ...cluster.host.emulation import Emulation
 from ...cluster.host.residency import QueuedCall
 from ...kernels.slabs.bounded_memory import MemoryBudget
 from ...proto.errors import ClusterError
+from ...proto.wire import CallLayout
 from ..runtime.devices import card_limit, limit_torch
 from .report import CardReport, LoopStats
 
@@ -34,6 +35,7 @@ class Device:
         self._emulation = emulation
         self._clock = clock
         self._calls = self._rows = self._assignments = self._batches = self._overruns = 0
+        self._received_bytes = self._sent_bytes = 0
         self._busy_s = self._worst_overrun_s = self._late_s = 0.0
 
     def emulate(self, emulation: Emulation | None) -> None:
@@ -55,6 +57,11 @@ class Device:
         self._busy_s += busy_s
         return busy_s
 
+    def answers(self, layout: CallLayout) -> None:
+        """Count the tensors of a call whose answer is about to be sent."""
+        self._received_bytes += layout.call_bytes
+        self._sent_bytes += layout.reply_bytes
+
     def stats(self, *, refused: int, queued_rows: int, routers: int) -> LoopStats:
         return LoopStats(
             calls=self._calls,
@@ -65,6 +72,8 @@ class Device:
             queued_rows=queued_rows,
             busy_s=self._busy_s,
             routers=routers,
+            received_bytes=self._received_bytes,
+            sent_bytes=self._sent_bytes,
             overruns=self._overruns,
             worst_overrun_s=self._worst_overrun_s,
             late_s=self._late_s,

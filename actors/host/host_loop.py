@@ -447,6 +447,7 @@ class HostLoop:
         reply.checksum = checksum(queued.seq, answer.buffer[: reply.payload_bytes])
         if self._pending.pop((queued.router, queued.seq), None) is None:
             return  # its router is gone
+        self._device.answers(pending.layout)
         try:
             pending.session.send_reply(frame, answer.buffer)
         except HostLost as lost:

@@ -20,6 +20,8 @@ class LoopStats:
     queued_rows: int
     busy_s: float
     routers: int
+    received_bytes: int = 0  # of the tensors of calls
+    sent_bytes: int = 0
     # For an emulated device: batches whose arithmetic took longer than the emulated time, the
     # largest such excess, and the sum of the delays of all answers.
     overruns: int = 0
@@ -89,6 +91,8 @@ class HostReport:
             queued_rows=loop.queued_rows,
             busy_s=loop.busy_s,
             connected_routers=loop.routers,
+            received_bytes=loop.received_bytes,
+            sent_bytes=loop.sent_bytes,
             overrun_batches=loop.overruns,
             worst_overrun_s=loop.worst_overrun_s,
             total_late_s=loop.late_s,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...cluster.load.meter import HostPath
+from ...cluster.load.router_counts import TransportMeter
 from ...cluster.placement import HostEntry
 from ...cluster.routing.events import HostDown, HostUp, Ponged, Refused, Replied, RouterEvent
 from ...cluster.routing.transports import (
@@ -25,7 +26,7 @@ from ...proto.expert_pb2 import Frame, Reply
 from ...proto.keys import ClusterSecret
 from ...proto.wire import CallLayout, checksum
 from ..runtime.devices import device_name
-from ..transport.base import Channel, InboundFrame
+from ..transport.base import Channel, InboundFrame, call_of
 from ..transport.poller import Epoll, Poller
 from ..transport.process_group import backends
 from ..transport.seqpacket import close_all
@@ -86,6 +87,7 @@ class HostConnections:
         self._replies: dict[tuple[str, int], InboundFrame] = {}
         self._lost: list[HostDown] = []
         self._told: set[str] = set()  # hosts whose loss was logged since they were last there
+        self.meter = TransportMeter()
         self._connect = connect
         self._poller = poller or Epoll()
 
@@ -126,6 +128,7 @@ class HostConnections:
         self._poller.register(channel.fileno())
 
     def disconnect(self, host: str) -> None:
+        self.meter.lost(host)
         channel = self._channels.pop(host, None)
         welcomed = self._max_rows.pop(host, None) is not None
         if channel is None:
@@ -207,6 +210,8 @@ class HostConnections:
 
     def send(self, host: str, frame: Frame) -> None:
         """Send a frame without tensors; do nothing if the host is not connected."""
+        if frame.HasField("cancel"):
+            self.meter.cancelled(host, frame.cancel.seq)
         channel = self._channels.get(host)
         if channel is None:
             return
@@ -223,6 +228,8 @@ class HostConnections:
             if channel is None:
                 raise HostLost("there is no connection to it")
             channel.send_call(frame, layout, write)
+            seq, transport = call_of(frame).seq, self._used[host][1]
+            self.meter.sent(host, seq, transport, layout.call_bytes, self._clock())
         except HostLost as lost:
             self._down(host, lost)
 
@@ -277,6 +284,7 @@ class HostConnections:
                 assert inbound.payload is not None
                 if checksum(reply.seq, inbound.payload) != reply.checksum:
                     self.free(host, reply.seq)
+                    self.meter.refused(host, reply.seq)
                     message = f"call {reply.seq}: the reply of {host} does not match its checksum"
                     log.warning(
                         "router %s: %s",
@@ -285,11 +293,13 @@ class HostConnections:
                         extra={"router": self._router, "host": host, "seq": reply.seq},
                     )
                     return Refused(host, reply.seq, Corrupted.__name__, message)
+                self.meter.answered(host, reply.seq, reply.payload_bytes, self._clock())
                 self._replies[host, reply.seq] = inbound
                 others = tuple((one.expert, one.version) for one in reply.other_versions)
                 return Replied(host, reply.seq, (reply.version, others))
             case "refusal":
                 refusal = frame.refusal
+                self.meter.refused(host, refusal.seq)
                 return Refused(host, refusal.seq, refusal.code, refusal.message)
             case "pong":
                 return Ponged(host, frame.pong.seq)

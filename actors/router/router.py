@@ -206,7 +206,8 @@ class Router:
             asked = () if found.unplaced is None else (found.unplaced,)
             found.asked_for = None
             paths = self._connections.paths(self._lent_experts.lenders)
-            return found.meter.take(self.name, found.followed, found.received, asked, paths)
+            counts = self._counts.take(found, self.batch.lost, self._connections.meter.take())
+            return found.meter.take(self.name, found.followed, found.received, asked, paths, counts)
 
     def _ask_for(self, layers: Sequence[LayerKey]) -> None:
         """Let the next report name a layer that no placement has, if one of these is."""

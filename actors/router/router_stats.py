@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...cluster.expert_keys import LayerKey
 from ...cluster.load.meter import LoadMeter
+from ...cluster.load.router_counts import RouterCounts, TransportCounts
 from ...cluster.placement import PlacementId
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.transports import Transport
@@ -26,6 +27,7 @@ class CallCounts:
         self.rows = 0
         self.lent = 0  # assignments that the router computed itself, with experts that hosts lent
         self._meter = meter
+        self._reported = RouterCounts()
         self._noted: deque[tuple[LayerKey, np.ndarray, int, np.ndarray]] = deque()
         # Of calls on a device, by layer: how often each expert was chosen, and unused assignments.
         self._on_device: dict[LayerKey, Tensor] = {}
@@ -72,6 +74,24 @@ class CallCounts:
         """Count assignments that were computed here, all of whose ids are in [0, experts)."""
         self.lent += ids_n.size
         self._meter.count_used(key, ids_n, experts)
+
+    def take(
+        self, dispatcher: Dispatcher, lost_rows: int, transports: Mapping[str, TransportCounts]
+    ) -> RouterCounts:
+        """Return everything since the last report; ``transports`` have counts of that time."""
+        now = RouterCounts(
+            calls=self.calls,
+            rows=self.rows,
+            lent_assignments=self.lent,
+            retries=dispatcher.retries,
+            ejections=dispatcher.ejections,
+            hedges=dispatcher.hedges,
+            hedge_wins=dispatcher.hedge_wins,
+            lost_rows=lost_rows,
+            transports=transports,
+        )
+        before, self._reported = self._reported, now
+        return now.since(before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import ray
 from pydantic import BaseModel
 from ray.exceptions import RayError, RayTaskError
 
+from ...cluster.metrics.snapshot import MetricsSnapshot
 from ...cluster.page_feed.items import FeedRevision, ItemChanges
 from ...cluster.reports.status import ClusterStatus
 from ...proto.errors import InternalError, MoesaicError, NoAnswer, describe_error
@@ -64,6 +66,19 @@ class ControllerStatus:
 
     def _look(self) -> Any:
         return ray.get_actor(CONTROLLER, namespace=self._namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerMetrics:
+    """Asks a cluster's controller for what metrics are made of."""
+
+    controller: ControllerStatus
+    cluster: str
+    hot_experts: int  # how many of them have series
+
+    async def __call__(self) -> MetricsSnapshot:
+        found = await self.controller.find()
+        return await answered(found.metrics.remote(self.hot_experts))
 
 
 class ControllerPage:

@@ -20,7 +20,7 @@ from ray.serve.schema import ApplicationStatus
 from ...cluster.card_memory import CACHE_PAGE_TOKENS
 from ...cluster.placement import ModelRef
 from ...cluster.service.web_guard import is_loopback
-from ...cluster.spec.parts import MonitoringSpec
+from ...cluster.spec.monitoring import MonitoringSpec
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError
 from ..engine.engine import EngineConfig, ExpertBounds
@@ -28,7 +28,7 @@ from ..engine.trunk_config import TrunkConfig
 from ..runtime.ray_border import actor_options, last_line, namespace_of
 from ..store.start_failures import StartFailure, describe_failures
 from ..trunk.engine_factory import EngineFactory
-from .controller_link import ControllerPage, ControllerStatus
+from .controller_link import ControllerMetrics, ControllerPage, ControllerStatus
 from .serve_app import START_TIMEOUT_S, Trunk, build, ending_s
 from .serve_border import (
     ServeAddress,
@@ -101,16 +101,18 @@ def deploy_endpoint(
     with _saying_why(spec):
         place, watched = find_address(spec), find_monitoring(spec)
         start_serve(place, spec.name)
+        controller, at = ControllerStatus(namespace), spec.monitoring
         cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
         app = build(
             trunks,
             tokenizers,
-            status=ControllerStatus(namespace),
+            status=controller,
             cold_start_s=cold_start_s,
             endpoint=endpoint,
             aliases={model.name: model.aliases for model in spec.models},
             experts=experts,
             monitoring=watched and MonitoringSpec(host=watched.host, port=watched.port),
+            pool=at and ControllerMetrics(controller, spec.name, at.hot_experts),
             own_hosts=own_hosts(place, watched),
             page=ControllerPage(namespace),
         )

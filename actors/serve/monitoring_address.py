@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
 from ...cluster.service.web_guard import WebGuard
-from ...cluster.spec.parts import MonitoringSpec
+from ...cluster.spec.monitoring import MonitoringSpec
 from ..endpoint.http.gate import Gate
 from ..endpoint.http.health import Health
 from ..endpoint.http.metrics import HttpMetrics
-from ..endpoint.http.monitoring_app import monitoring_app
+from ..endpoint.http.monitoring_app import PoolSource, monitoring_app
 from ..endpoint.http.monitoring_server import monitoring
 from ..page.page_app import PageSource, add_page
 
@@ -35,6 +35,7 @@ class Watched:
     trunks: Mapping[str, _Asked]
     cluster: ClusterStatusSource | None
     page: PageSource | None
+    pool: PoolSource | None
     gate: Gate
 
     def lifespan(
@@ -51,6 +52,7 @@ class Watched:
             status=self._status,
             engines=self._engines,
             metrics=metrics,
+            pool=self.pool,
             health=health,
             guard=WebGuard.of(at.host, allowed_hosts=allowed_hosts, own=own_hosts),
         )

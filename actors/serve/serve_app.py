@@ -21,17 +21,14 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import (
-    DeploymentHandle,
-    DeploymentResponse,
-    DeploymentResponseGenerator,
-)
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from ...cluster.reports.status import EngineStatus
 from ...cluster.routing.expert_fallback import DroppedExperts
 from ...cluster.service.progress import STALLED_S, ModelProgress, TrunkHeartbeat
 from ...cluster.service.web_guard import WebGuard
-from ...cluster.spec.parts import EndpointSpec, MonitoringSpec
+from ...cluster.spec.monitoring import MonitoringSpec
+from ...cluster.spec.parts import EndpointSpec
 from ...proto.errors import (
     Busy,
     EngineError,
@@ -45,6 +42,7 @@ from ..endpoint.http.bodies import BodyLimits
 from ..endpoint.http.gate import Gate
 from ..endpoint.http.health import Health, ModelHealth
 from ..endpoint.http.metrics import HttpMetrics
+from ..endpoint.http.monitoring_app import PoolSource
 from ..endpoint.ingress import create_app
 from ..engine.engine import (
     Delta,
@@ -358,11 +356,13 @@ class Ingress:
         monitoring: MonitoringSpec | None,
         own_hosts: Collection[str],
         page: PageSource | None,
+        pool: PoolSource | None,
     ) -> None:
         self._endpoint = endpoint
         self._monitoring = monitoring
         self._own_hosts = own_hosts
         self._page = page
+        self._pool = pool
         self._aliases = aliases
         self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
@@ -409,7 +409,11 @@ class Ingress:
         if self._monitoring is None:
             return None
         watched = Watched(
-            trunks=self._trunks, cluster=self._cluster_status, page=self._page, gate=self._gate
+            trunks=self._trunks,
+            cluster=self._cluster_status,
+            page=self._page,
+            pool=self._pool,
+            gate=self._gate,
         )
         return watched.lifespan(
             self._monitoring,
@@ -458,6 +462,7 @@ def build(
     monitoring: MonitoringSpec | None = None,
     own_hosts: Collection[str] = (),
     page: PageSource | None = None,
+    pool: PoolSource | None = None,
 ) -> Application:
     """Return the application for ``serve.run``.
 
@@ -466,6 +471,7 @@ def build(
     must be set. With ``cold_start_s`` trunks may scale to zero and take that long to
     come back. ``aliases``: more names, by model. ``own_hosts``: host names by which clients are
     told to reach the endpoint. ``page`` is what the page at that address is about; None: no page.
+    ``pool`` adds the pool's metrics to ``/metrics``.
     """
     endpoint = endpoint or EndpointSpec()
     return Ingress.options(
@@ -482,4 +488,5 @@ def build(
         monitoring,
         tuple(own_hosts),
         page,
+        pool,
     )

@@ -61,6 +61,15 @@ class Vitals:
         return found
 
 
+@dataclass(slots=True)
+class PlanCounts:
+    """How often the planner was asked since the controller's start, and for how long."""
+
+    ended: int = 0  # with a plan or without one
+    failed: int = 0
+    took_s: float = 0.0
+
+
 class Watchdog:
     """Observes a `Control` from outside."""
 
@@ -70,6 +79,7 @@ class Watchdog:
         self._failing = False
         self._planning_since: float | None = None
         self._plan_failures = 0
+        self.plans = PlanCounts()
         # When a planned replica last arrived, or when some were planned after there were none.
         self._moved_at: float | None = None
         self._looked_at: float | None = None
@@ -88,7 +98,10 @@ class Watchdog:
     def plan_began(self, now: float) -> None:
         self._planning_since = now
 
-    def plan_ended(self, *, failed: bool) -> None:
+    def plan_ended(self, now: float, *, failed: bool) -> None:
+        self.plans.ended += 1
+        self.plans.failed += failed
+        self.plans.took_s += 0.0 if self._planning_since is None else now - self._planning_since
         self._planning_since = None
         self._plan_failures = self._plan_failures + 1 if failed else 0
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..expert_keys import LayerKey
 from ..placement import PlacementId
+from .router_counts import RouterCounts
 
 
 @dataclass(slots=True)
@@ -79,6 +80,7 @@ class LoadReport:
     hosts: Mapping[str, HostTimes] = field(default_factory=dict)
     unplaced: tuple[LayerKey, ...] = ()  # layers that were called and are not in the placement
     paths: tuple[HostPath, ...] = ()  # how it reaches each host
+    router_counts: RouterCounts = field(default_factory=RouterCounts)
 
 
 class LoadMeter:
@@ -120,6 +122,7 @@ class LoadMeter:
         received: PlacementId | None,
         unplaced: tuple[LayerKey, ...] = (),
         paths: tuple[HostPath, ...] = (),
+        router_counts: RouterCounts | None = None,
     ) -> LoadReport:
         """Return everything since the last report, and start from zero."""
         report = LoadReport(
@@ -130,6 +133,7 @@ class LoadMeter:
             hosts=self._hosts,
             unplaced=unplaced,
             paths=paths,
+            router_counts=router_counts or RouterCounts(),
         )
         self._counts, self._hosts = {}, {}
         return report

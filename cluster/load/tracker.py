@@ -12,6 +12,7 @@ import numpy as np
 
 from ..expert_keys import LayerKey
 from .meter import HostTimes, LoadReport
+from .router_counts import RouterCounts
 
 # Time constants of the averages: the load now, in the last minute, and usually.
 HORIZONS_S = (10.0, 60.0, 600.0)
@@ -71,6 +72,7 @@ class LoadTracker:
         # Sums since the start; they only grow.
         self.totals: dict[LayerKey, np.ndarray] = {}
         self.hosts: dict[str, HostTimes] = {}
+        self.routers = RouterCounts()
 
     def hear(self, report: LoadReport) -> None:
         for key, counts in report.counts.items():
@@ -78,6 +80,7 @@ class LoadTracker:
             self.totals[key] = _added(self.totals.get(key), counts)
         for host, times in report.hosts.items():
             self.hosts.setdefault(host, HostTimes()).add(times)
+        self.routers.add(report.router_counts)
 
     def advance(self, now: float, *, least_s: float = 1.0) -> bool:
         """Close the window if it is at least ``least_s`` old; return whether it was."""

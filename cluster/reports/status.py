@@ -164,6 +164,10 @@ class HostProcess(Report):
     card_limit_bytes: int | None = None
     """Memory of its GPU that the whole process may take (`hosts[].gpu_memory`, or a part in
     `num_gpus`); null: no limit."""
+    received_bytes: int = 0
+    """Size of the tensors of the calls that it answered."""
+    sent_bytes: int = 0
+    """Size of the tensors of its answers."""
 
 
 class NodeStatus(Report):
@@ -217,6 +221,10 @@ class HostStatus(Report):
     """Its last error, in words."""
     process: HostProcess | None
     """What its process last reported; null while it is not running."""
+    slots: int | None = None
+    """Replicas for which it has room; null: its memory decides."""
+    memory_limit_bytes: int | None = None
+    """Memory that its experts may take, from the spec; null: only its slots bound them."""
 
 
 class ModelStatus(Report):

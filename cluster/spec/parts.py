@@ -468,17 +468,6 @@ class EndpointSpec(Part):
         return self
 
 
-class MonitoringSpec(Part):
-    """The address of the page, `/status` and `/metrics`, on the machine of the endpoint."""
-
-    host: Address = "127.0.0.1"
-    """Address on which the page, `/status` and `/metrics` are served. `127.0.0.1` (default): only
-    programs on the endpoint's machine can read them."""
-
-    port: int = Field(default=8002, ge=0, le=65_535)
-    """Port on which they are served. 0: any free port."""
-
-
 class TimeoutSpec(Part):
     """How long the cluster waits for its own start, for a missing expert, and for a silent host."""
 

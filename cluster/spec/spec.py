@@ -20,13 +20,13 @@ from ..host.residency import HostLimits
 from ..planner.plan import FleetGroup
 from ..routing.policy import RouterPolicy
 from .balance import BalanceSpec
+from .monitoring import MonitoringSpec
 from .parts import (
     AutoscaleSpec,
     Cost,
     EmulationSpec,
     EndpointSpec,
     Lending,
-    MonitoringSpec,
     NetworkSpec,
     Part,
     Resources,

@@ -8,19 +8,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TypeVar
+from itertools import chain
+from typing import Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ....cluster.metrics.engines import engine_families
+from ....cluster.metrics.families import exposition
+from ....cluster.metrics.pool import pool_families
+from ....cluster.metrics.snapshot import MetricsSnapshot
 from ....cluster.reports.status import EndpointStatus, EngineStatus
 from ....cluster.service.web_guard import WebGuard
 from ....proto.errors import Forbidden, MoesaicError, NoAnswer, RequestError
 from ..openai.responses import error_response
 from .edge import RETRY_AFTER_S, ErrorMiddleware, json_response
 from .health import Health
-from .metrics import CONTENT_TYPE, HttpMetrics
+from .metrics import HttpMetrics
 from .probes import add_health
 
 logger = logging.getLogger(__name__)
@@ -32,17 +38,32 @@ STATUS_TIMEOUT_S = 6.0
 T = TypeVar("T")
 
 
+class PoolSource(Protocol):
+    """Asks a cluster's controller for what its metrics are made of."""
+
+    @property
+    def cluster(self) -> str:
+        """The cluster's name."""
+        ...
+
+    async def __call__(self) -> MetricsSnapshot:
+        """Return the pool as it is now. Raises MoesaicError."""
+        ...
+
+
 def monitoring_app(
     *,
     status: Callable[[], Awaitable[EndpointStatus]],
     engines: Callable[[], Awaitable[Mapping[str, EngineStatus]]],
     metrics: HttpMetrics,
     guard: WebGuard,
+    pool: PoolSource | None = None,
     health: Health | None = None,
 ) -> FastAPI:
     """Create the monitoring app.
 
     ``status()`` returns what ``/status`` shows, and ``engines()`` each model's engine alone.
+    ``pool`` adds the pool's metrics (None: the endpoint serves without one).
     ``health`` answers probes here, too; the endpoint also answers them.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -58,13 +79,18 @@ def monitoring_app(
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
-        try:
-            found = await _in_time(engines())
-        except MoesaicError as error:
-            # The endpoint's own counts do not depend on the engines.
-            logger.warning("/metrics lacks the engines' values: %s: %s", error.code, error)
-            found = {}
-        return Response(metrics.text(found), media_type=CONTENT_TYPE)
+        # At the same time, since each may take its time. The endpoint's own counts need neither.
+        found, snapshot = await asyncio.gather(
+            _if_answered(engines(), "the engines"),
+            _if_answered(pool(), "the controller") if pool is not None else _nothing(),
+        )
+        families = chain(
+            metrics,
+            engine_families(found or {}),
+            () if pool is None else pool_families(snapshot),
+        )
+        text = exposition(families, "" if pool is None else pool.cluster)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(MoesaicError)
     @app.exception_handler(HTTPException)
@@ -81,6 +107,18 @@ async def _in_time(asked: Awaitable[T]) -> T:
     except TimeoutError:
         text = f"the cluster's status did not arrive within {STATUS_TIMEOUT_S:g} s; ask again"
         raise NoAnswer(text) from None
+
+
+async def _if_answered(asked: Awaitable[T], who: str) -> T | None:
+    try:
+        return await _in_time(asked)
+    except MoesaicError as error:
+        logger.warning("/metrics lacks the values of %s: %s: %s", who, error.code, error)
+        return None
+
+
+async def _nothing() -> None:
+    return None
 
 
 def _answer(error: Exception) -> Response:

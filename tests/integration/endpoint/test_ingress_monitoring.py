@@ -62,8 +62,8 @@ def test_the_state_of_the_engines_is_among_the_metrics(
         found = metrics_of(operator)
     finally:
         service.engine_reports.clear()
-    assert found["moesaic_engine_running[('model', 'tiny')]"] == 3
-    assert found["moesaic_engine_parked[('model', 'tiny')]"] == 1
+    assert found["moesaic_engine_running_requests[('model', 'tiny')]"] == 3
+    assert found["moesaic_engine_parked_requests[('model', 'tiny')]"] == 1
     assert found["moesaic_engine_healthy[('model', 'tiny')]"] == 1
     service.healthy = False
     try:

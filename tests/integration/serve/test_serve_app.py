@@ -30,7 +30,7 @@ from moesaic.actors.serve import serve_app
 from moesaic.actors.serve.serve_app import ErrorValue, Trunk, build
 from moesaic.clients.http_client import Client
 from moesaic.cluster.reports.status import EngineStatus
-from moesaic.cluster.spec.parts import MonitoringSpec
+from moesaic.cluster.spec.monitoring import MonitoringSpec
 from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel, client_message
 from tests.helpers.endpoint.engines import reference, tiny_engine
 from tests.helpers.endpoint.scripted import (
@@ -129,7 +129,7 @@ def test_status_holds_the_trunks_and_what_the_caller_adds(
     assert status["healthy"] is True
     assert [host["name"] for host in status["cluster"]["hosts"]] == ["h0"]
     assert set(status["engines"]) == {"tiny", "script"}
-    assert 'moesaic_engine_running{model="tiny"} 0.0' in operator.get("/metrics").text
+    assert 'moesaic_engine_running_requests{model="tiny"} 0.0' in operator.get("/metrics").text
     for path in ("/status", "/metrics"):
         assert http.get(path).status_code == 404, "the endpoint does not tell"
     assert http.get("/v1/models/tiny").json()["max_model_len"] == 4096

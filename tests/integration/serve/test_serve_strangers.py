@@ -25,7 +25,8 @@ from ray import serve
 from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve.serve_app import Trunk, build
 from moesaic.actors.serve.serve_border import ServeAddress, start_serve
-from moesaic.cluster.spec.parts import EndpointSpec, LimitSpec, MonitoringSpec
+from moesaic.cluster.spec.monitoring import MonitoringSpec
+from moesaic.cluster.spec.parts import EndpointSpec, LimitSpec
 from tests.helpers.endpoint.scripted import COUNT, WAIT, scripted_engine
 from tests.helpers.models.tiny import tiny_tokenizer
 

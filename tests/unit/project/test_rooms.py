@@ -46,6 +46,7 @@ cluster/training                    proto cluster
 cluster/control                     cluster cluster/load cluster/planner cluster/reports
                                     cluster/training
 cluster/page_feed                   proto cluster cluster/reports
+cluster/metrics                     cluster/load cluster/reports cluster/control
 cluster/scaling                     cluster/load cluster/planner cluster/reports
                                     cluster/control
 cluster/spec                        proto cluster cluster/service cluster/batching
@@ -103,11 +104,12 @@ actors/router_service               proto kernels models/trunk cluster cluster/b
                                     actors/engine actors/router
                                     cluster/tracing actors/tracing
 actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
-                                    cluster/training cluster/control cluster/scaling cluster/spec
-                                    cluster/page_feed
+                                    cluster/training cluster/control cluster/metrics
+                                    cluster/scaling cluster/spec cluster/page_feed
                                     actors/runtime actors/store actors/host actors/router_service
 actors/endpoint/openai              proto cluster/routing actors/text actors/engine
-actors/endpoint/http                proto cluster/reports cluster/service cluster/spec
+actors/endpoint/http                proto cluster/metrics cluster/reports cluster/service
+                                    cluster/spec
                                     actors/runtime actors/tracing actors/engine
                                     actors/endpoint/openai
 actors/endpoint                     proto cluster/service actors/text actors/tracing actors/engine
@@ -116,7 +118,8 @@ actors/page                         proto cluster/page_feed cluster/service acto
 actors/preflight                    proto kernels/training models models/folder models/trunk cluster
                                     cluster/planner cluster/scaling cluster/spec cluster/training
                                     actors/text actors/runtime actors/engine
-actors/serve                        proto models models/folder cluster cluster/reports
+actors/serve                        proto models models/folder cluster cluster/metrics
+                                    cluster/reports
                                     cluster/service cluster/routing cluster/spec
                                     cluster/page_feed
                                     actors/runtime actors/store actors/engine actors/trunk

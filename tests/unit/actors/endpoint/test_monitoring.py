@@ -64,7 +64,7 @@ async def test_it_lives_as_long_as_its_owner() -> None:
         async with monitoring_server.monitoring(APP, HERE, port):
             assert (await answers(port)).json() == STATUS.model_dump(mode="json")
             metrics = await answers(port, "/metrics")
-            assert 'moesaic_engine_running{model="m"} 2.0' in metrics.text
+            assert 'moesaic_engine_running_requests{model="m"} 2.0' in metrics.text
             assert not is_free(port)
         assert is_free(port)
 

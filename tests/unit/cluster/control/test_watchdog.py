@@ -10,7 +10,7 @@ from moesaic.cli.top import frame
 from moesaic.cluster.control.control import Control
 from moesaic.cluster.control.pool_view import Observation
 from moesaic.cluster.control.status_views import HostCounters, HostRates, hottest
-from moesaic.cluster.control.watchdog import Vitals, Watchdog
+from moesaic.cluster.control.watchdog import PlanCounts, Vitals, Watchdog
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.meter import LoadReport
 from moesaic.cluster.placement import HostEntry, LayerPlacement, ModelShape, Replica
@@ -156,12 +156,13 @@ def test_a_planner_that_hangs_or_fails_is_seen() -> None:
     world.watchdog.plan_began(world.now)
     world.now += 40.0
     assert world.vitals().planning_s == 40.0
-    world.watchdog.plan_ended(failed=True)
+    world.watchdog.plan_ended(world.now, failed=True)
     assert (world.vitals().planning_s, world.vitals().failing) == (0.0, True)
-    world.watchdog.plan_ended(failed=True)
+    world.watchdog.plan_ended(world.now, failed=True)
     assert any("failed 2 times" in warning for warning in world.vitals().warnings())
-    world.watchdog.plan_ended(failed=False)
+    world.watchdog.plan_ended(world.now, failed=False)
     assert not world.vitals().failing
+    assert world.watchdog.plans == PlanCounts(ended=3, failed=2, took_s=40.0)
     world.watchdog.ticked(world.now, failed=True)
     assert world.vitals().failing
 
