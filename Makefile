@@ -8,7 +8,7 @@ QUICK := "not slow and not cuda and not vllm and not browser"
 # takes 10 s; none where ARGS name files. tests/conftest.py sees that none is missed.
 marked = $(if $(findstring tests/,$(ARGS)),,$(shell grep -rlE $(1) tests --include='test_*.py'))
 
-.PHONY: up test test-together test-alone test-all test-numeric test-vllm test-trl test-lowest test-clients test-browser lint types bench proto spec reports metrics docs clean
+.PHONY: up test test-together test-alone test-all test-numeric test-vllm test-trl test-lowest test-clients test-browser test-prometheus lint types bench proto spec reports metrics dashboards docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -76,6 +76,9 @@ test-browser: $(READY)  ## the page in Debian's chromium
 	@npm install --prefix build/browser --no-package-lock --no-audit --no-fund --silent
 	@$(BIN)/python -m pytest -m browser tests/with_browser $(ARGS)
 
+test-prometheus: $(READY)  ## rules, dashboards and metrics with a real Prometheus: PROMETHEUS=folder, or the PATH
+	@$(BIN)/python -m pytest tests/with_prometheus $(ARGS)
+
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -97,6 +100,9 @@ reports: $(READY)  ## regenerate docs/reports.md
 
 metrics: $(READY)  ## regenerate docs/metrics.md
 	@$(BIN)/python -m moesaic.cluster.metrics.page > docs/metrics.md
+
+dashboards: $(READY)  ## regenerate deploy/monitoring/dashboards
+	@$(BIN)/python deploy/monitoring/dashboards.py
 
 proto: $(READY)  ## regenerate the code of proto/
 	@$(BIN)/python -m grpc_tools.protoc -Imoesaic/proto=proto --python_out=src --pyi_out=src \

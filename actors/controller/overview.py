@@ -113,9 +113,11 @@ class Overview:
                         if key.model == name
                     ),
                     version=control.view.versions.models.get(name, FIRST_VERSION),
+                    wanted_replicas=max(shape.replicas, control.policy.balance.redundancy + 1),
+                    unprotected_experts=self.watchdog.unprotected[name],
                     loads=self.orders.loads[name],
                 )
-                for name in self.models
+                for name, (_, shape) in self.models.items()
             },
             plans=self.watchdog.plans,
             last_change=0 if (last := control.changes.find(None)) is None else last.id,

@@ -84,7 +84,8 @@ class Watchdog:
         self._moved_at: float | None = None
         self._looked_at: float | None = None
         self._seen_state: object = None
-        self._pending = self._missing = self._unprotected = 0
+        self._pending = self._missing = 0
+        self.unprotected: Counter[str] = Counter()  # experts of each model
         self.balancedness: dict[str, Balancedness] = {}  # of each model
         self.overall_balancedness: Balancedness | None = None
         self.layer_balancedness: dict[LayerKey, float] = {}  # of each layer with load
@@ -120,7 +121,7 @@ class Watchdog:
             move_age_s=_age(self._moved_at, now),
             moves_pending=self._pending,
             missing_experts=self._missing,
-            unprotected_experts=self._unprotected,
+            unprotected_experts=self.unprotected.total(),
             balancedness_mean=None if overall is None else overall.mean,
             balancedness_worst=None if overall is None else overall.worst,
             term=control.placement_id.term,
@@ -141,7 +142,7 @@ class Watchdog:
             if self._pending < before or (self._pending and not before):
                 self._moved_at = now
             self._missing = len(control.missing())
-            self._unprotected = len(control.unprotected())
+            self.unprotected = Counter(key.model for key in control.unprotected())
         if self._looked_at is None or now - self._looked_at >= _LOOK_S:
             self._looked_at = now
             self._balance(now)

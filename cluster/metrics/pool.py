@@ -58,7 +58,9 @@ def _models(found: Families, snapshot: MetricsSnapshot) -> None:
         found.add("model_asleep", model.asleep, model=name)
         found.add("model_assignments_total", figures.assignments, model=name)
         found.add("model_weight_version", figures.version, model=name)
+        found.add("model_wanted_replicas", figures.wanted_replicas, model=name)
         found.add("missing_experts", model.missing_experts, model=name)
+        found.add("unprotected_experts", figures.unprotected_experts, model=name)
         found.add("updated_experts", model.updated_experts, model=name)
         found.add("volatile_experts", model.volatile_experts, model=name)
         found.add("loaded_replicas_total", figures.loads.loaded, model=name)
@@ -71,7 +73,6 @@ def _models(found: Families, snapshot: MetricsSnapshot) -> None:
 
 
 def _experts(found: Families, snapshot: MetricsSnapshot) -> None:
-    found.add("unprotected_experts", snapshot.status.unprotected_experts)
     for one in snapshot.activity.hottest_experts:
         labels = {"model": one.model, "layer": one.layer, "expert": one.expert}
         found.add("expert_assignments_per_second", one.assignments_per_s, **labels)

@@ -57,6 +57,8 @@ class ModelFigures:
 
     assignments: int  # since the controller's start
     version: int  # of its experts' weights
+    wanted_replicas: int  # that each expert should have at least
+    unprotected_experts: int
     loads: LoadCounts
 
 

@@ -82,9 +82,12 @@ moesaic_model_assignments_total | model | assignments
 moesaic_model_weight_version | model | number
     the version of the experts' weights that is served; updates and training steps bring
     higher ones
+moesaic_model_wanted_replicas | model | replicas
+    replicas that each expert should have at least: the larger one of `models[].replicas` and
+    `balance.redundancy` + 1
 moesaic_missing_experts | model | experts
     experts that no host holds
-moesaic_unprotected_experts | - | experts
+moesaic_unprotected_experts | model | experts
     experts that the loss of one failure domain takes away
 moesaic_updated_experts | model | experts
     experts whose weights were updated or trained since they were read from the checkpoint

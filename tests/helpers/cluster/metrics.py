@@ -127,7 +127,11 @@ def snapshot(hosts: Sequence[HostStatus] | None = None, **changed: Any) -> Metri
         "host_queued_s": {"a": 0.25, "b": 0.5},
         "models": {
             "m": ModelFigures(
-                assignments=40, version=5, loads=LoadCounts(loaded=8, loaded_bytes=800)
+                assignments=40,
+                version=5,
+                wanted_replicas=2,
+                unprotected_experts=3,
+                loads=LoadCounts(loaded=8, loaded_bytes=800),
             )
         },
         "plans": PlanCounts(ended=2, failed=1, took_s=0.5),

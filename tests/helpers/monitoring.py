@@ -1,0 +1,46 @@
+"""What stands in deploy/monitoring: alerts, and the expressions of dashboards."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import yaml
+
+from moesaic.cluster.metrics.table import METRICS
+from tests.helpers.paths import ROOT
+
+MONITORING = ROOT / "deploy" / "monitoring"
+ALERTS = MONITORING / "alerts.yaml"
+DASHBOARDS = MONITORING / "dashboards"
+
+
+@dataclass(frozen=True)
+class Alert:
+    name: str
+    expr: str
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
+
+
+def alerts() -> list[Alert]:
+    return [
+        Alert(rule["alert"], rule["expr"], rule["labels"], rule["annotations"])
+        for group in yaml.safe_load(ALERTS.read_text())["groups"]
+        for rule in group["rules"]
+    ]
+
+
+def dashboard_expressions(name: str) -> list[str]:
+    panels = json.loads((DASHBOARDS / f"{name}.json").read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel.get("targets", ())]
+
+
+def metrics_in(expression: str) -> set[str]:
+    """The metrics of an expression; a histogram's buckets, sum and count are its own."""
+    found = set(re.findall(r"\bmoesaic_\w+", expression))
+    return {
+        name if name in METRICS else re.sub(r"_(bucket|sum|count)$", "", name) for name in found
+    }
