@@ -44,3 +44,22 @@ def metrics_in(expression: str) -> set[str]:
     return {
         name if name in METRICS else re.sub(r"_(bucket|sum|count)$", "", name) for name in found
     }
+
+
+def concrete(expression: str, *, cluster: str, interval: str) -> str:
+    """An expression of a panel, with values in the place of Grafana's variables."""
+    values = {"$cluster": cluster, "$model": ".*", "$__rate_interval": interval}
+    for variable, value in values.items():
+        expression = expression.replace(variable, value)
+    assert "$" not in expression
+    return expression
+
+
+def operands(expression: str) -> list[str]:
+    """What an alert compares with a number, each of which a cluster has at all times.
+
+    The alert itself gives nothing while all is well.
+    """
+    parts = re.split(r"\b(?:and|or|unless)\b(?: on \([^)]*\))?", expression)
+    bare = [re.sub(r"(?:==|>=|<=|>|<) *[\d.]+\s*$", "", part.strip()).strip() for part in parts]
+    return [part for part in bare if not part.startswith("absent(")]
