@@ -97,13 +97,13 @@ class Overview:
     def metrics(self, hot_experts: int) -> MetricsSnapshot:
         """Return what metrics are made of; hundreds of routers are told of as sums."""
         control, hosts = self.control, self.control.view.hosts
-        times = control.loads.hosts
+        times, routers = control.loads.hosts, control.publisher.routers(self.clock())
         return MetricsSnapshot(
             status=self._status([]),
             activity=self.top(hot_experts),
             routers=control.loads.routers,
-            router_count=len(control.publisher.routers(self.clock())),
-            paths=PathCounts.of(path for paths in control.paths.values() for path in paths),
+            router_count=len(routers),
+            paths=PathCounts.of(path for name in routers for path in control.paths.get(name, ())),
             host_queued_s={host: times[host].queued_s for host in hosts if host in times},
             models={
                 name: ModelFigures(

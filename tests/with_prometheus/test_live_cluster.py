@@ -247,27 +247,26 @@ def test_rules_are_evaluated_without_an_error(live: Scraping) -> None:
 
 
 def test_requests_make_no_series(live: Scraping) -> None:
-    before = live.scrape()
+    body = {"model": "m", "prompt": "the quick", "max_tokens": 1}
+    found = []
     with httpx.Client(base_url=live.cluster.url or "") as http:
         for n in range(200):
-            body = {"model": "m", "prompt": f"the quick {n}", "max_tokens": 1}
             asked = {"x-request-id": f"request-{n}", "user-agent": f"client-{n}"}
             assert http.post("/v1/completions", json=body, headers=asked).status_code == 200
-    after = live.scrape()
-    assert grown(before, after) == set()
-    assert series_of_experts(after) == 4
+            if n in (0, 199):
+                found.append(live.scrape())
+    first, last = found
+    assert grown(first, last) == set()
+    assert series_of_experts(last) == 4
 
 
 def test_a_series_goes_with_its_host(live: Scraping) -> None:
-    (down,) = (one for one in alerts() if one.name == "MoesaicHostsLost")
-    assert live.values(down.expr) == []
-    victim = processes_of(live.cluster)["host-0"].pid
-    os.kill(victim, signal.SIGKILL)
-    wait_until(lambda: bool(live.values(down.expr)))
-    assert not has(live, "moesaic_host_calls_total", host="host-0")
-    wait_until(lambda: live.values('moesaic_host_calls_total{host="host-0"}') == [])
-    wait_replaced(live.cluster, "host-0", victim)
-    wait_until(
-        lambda: live.values('changes(moesaic_host_start_time_seconds{host="host-0"}[5m])') == [1.0]
-    )
-    assert live.values(down.expr) == []
+    (away,) = (one.expr for one in alerts() if one.name == "MoesaicHostsLost")
+    calls = 'moesaic_host_calls_total{host="host-0"}'
+    restarts = 'changes(moesaic_host_start_time_seconds{host="host-0"}[5m])'
+    wait_until(lambda: live.values(away) == [] and len(live.values(calls)) == 1)
+    os.kill(processes_of(live.cluster)["host-0"].pid, signal.SIGKILL)
+    wait_until(lambda: bool(live.values(away)) and live.values(calls) == [])
+    # What was trained is lost with it, as each expert had one replica.
+    wait_until(lambda: live.values(away) == [] and live.values(restarts) == [1.0])
+    assert len(live.values(calls)) == 1

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-import ray
 
 from moesaic import Client
 from moesaic.cli.main import main
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.handle import Cluster
 from moesaic.traces import read_trace
+from tests.helpers.cluster.metrics import samples
 from tests.helpers.processes.live import ON_RAY, TEXT, processes_of, text_of, wait_until
 
 MODEL = "m"
@@ -165,28 +165,46 @@ def test_history_shows_what_a_change_brought(
     pool.replicate(MODEL, 0, 0, 1)
 
 
-def test_the_watchdog_stands_in_status_and_among_rays_metrics(
-    pool: Cluster, client: Client
-) -> None:
+def test_the_watchdog_stands_in_status_and_among_the_metrics(pool: Cluster, client: Client) -> None:
     text_of(client, MODEL, 5)
     status = pool.status()
     assert (status.controller.failing, status.warnings) == (False, [])
     assert status.controller.tick_age_s < 5
     assert ([host.state for host in status.hosts], status.missing_experts) == (["up"] * 2, 0)
-    (node,) = ray.nodes()
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found = samples(httpx.get(f"{pool.monitoring}/metrics").text)
 
-    def figures() -> dict[str, float]:
-        """Name -> value; those of all states of hosts added up."""
+    def of(name: str, **labels: str) -> float:
+        return found[name, frozenset(({"cluster": pool.name} | labels).items())]
+
+    assert of("moesaic_controller_up") == 1
+    assert of("moesaic_controller_term") == status.controller.term
+    assert of("moesaic_missing_experts", model=MODEL) == 0
+    assert of("moesaic_hosts", state="up") == 2
+    assert of("moesaic_controller_tick_age_seconds") >= 0
+
+
+def test_hosts_and_routers_count_the_same(pool: Cluster, client: Client) -> None:
+    def totals() -> dict[str, float]:
+        """Name -> value, those of all hosts or transports added up."""
         found: dict[str, float] = defaultdict(float)
-        for line in httpx.get(address).text.splitlines():
-            if "moesaic_" in line and f'cluster="{pool.name}"' in line:
-                found[line.partition("{")[0]] += float(line.rpartition(" ")[2])
+        for (name, _), value in samples(httpx.get(f"{pool.monitoring}/metrics").text).items():
+            found[name.removeprefix("moesaic_")] += value
         return found
 
-    wait_until(lambda: "ray_moesaic_term" in figures())
-    found = figures()
-    assert found["ray_moesaic_term"] == status.controller.term
-    assert found["ray_moesaic_missing_experts"] == 0
-    assert found["ray_moesaic_hosts"] == 2
-    assert found["ray_moesaic_tick_age_s"] >= 0
+    def grown(name: str) -> float:
+        return now[name] - before[name]
+
+    def all_reported() -> bool:
+        """Routers report once a second."""
+        nonlocal now
+        now = totals()
+        return grown("host_calls_total") == grown("transport_sends_total") > 0
+
+    before = now = totals()
+    text_of(client, MODEL, 5)
+    wait_until(all_reported)
+    assert grown("host_received_bytes_total") == grown("transport_sent_bytes_total") > 0
+    assert grown("host_sent_bytes_total") == grown("transport_received_bytes_total") > 0
+    assert grown("host_assignments_total") == grown("model_assignments_total") > 0
+    assert grown("transport_answer_seconds_count") == grown("transport_sends_total")
+    assert grown("transport_failures_total") == 0

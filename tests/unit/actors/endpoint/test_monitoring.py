@@ -16,9 +16,11 @@ from moesaic.actors.endpoint.http.metrics import HttpMetrics
 from moesaic.actors.endpoint.http.monitoring_app import monitoring_app
 from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve import controller_link
+from moesaic.cluster.metrics.snapshot import MetricsSnapshot
 from moesaic.cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
 from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.proto.errors import ClusterError, MoesaicError, NoAnswer
+from tests.helpers.cluster.metrics import Samples, samples, snapshot, value
 from tests.helpers.cluster.reports import cluster_report, engine_report
 
 HERE = "127.0.0.1"
@@ -33,6 +35,20 @@ async def status() -> EndpointStatus:
 
 async def engines() -> dict[str, EngineStatus]:
     return {"m": engine_report(running_requests=2)}
+
+
+class Pool:
+    """A controller that answers, or does not."""
+
+    cluster = "c"
+
+    def __init__(self, *, answers: bool) -> None:
+        self.answers = answers
+
+    async def __call__(self) -> MetricsSnapshot:
+        if not self.answers:
+            raise NoAnswer("the controller is being restarted")
+        return snapshot()
 
 
 APP = monitoring_app(status=status, engines=engines, metrics=HttpMetrics(), guard=WebGuard.of(HERE))
@@ -135,6 +151,40 @@ async def test_names_and_addresses_of_both_families() -> None:
             assert (await answers(port, host=asked)).status_code == 200
 
 
+# ---- what a scrape brings ------------------------------------------------------------------------
+
+
+async def scrape(**asked: Any) -> Samples:
+    app = monitoring_app(
+        status=status, engines=engines, metrics=HttpMetrics(), guard=WebGuard.of(HERE), **asked
+    )
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://{HERE}") as http:
+        return samples((await http.get("/metrics")).text)
+
+
+async def test_a_scrape_has_the_pool_too_and_each_series_the_clusters_name() -> None:
+    found = await scrape(pool=Pool(answers=True))
+    assert value(found, "moesaic_controller_up") == 1
+    assert value(found, "moesaic_host_calls_total", host="a") == 5
+    assert value(found, "moesaic_engine_running_requests", model="m") == 2
+    assert all(("cluster", "c") in labels for _, labels in found)
+
+
+async def test_a_scrape_without_a_controller_has_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    found = await scrape(pool=Pool(answers=False))
+    assert value(found, "moesaic_controller_up") == 0
+    assert value(found, "moesaic_engine_running_requests", model="m") == 2
+    assert not any("host" in dict(labels) for _, labels in found)
+    assert "lacks the values of the controller: NoAnswer" in caplog.text
+
+
+async def test_an_endpoint_without_a_cluster_has_its_own_metrics_alone() -> None:
+    found = await scrape()
+    assert found["moesaic_engine_healthy", frozenset({("model", "m")})] == 1
+    assert "moesaic_controller_up" not in {name for name, _ in found}
+
+
 # ---- what the controller is asked ----------------------------------------------------------------
 
 
@@ -179,6 +229,12 @@ async def test_the_controller_is_looked_up_once(monkeypatch: pytest.MonkeyPatch)
             async def remote() -> ClusterStatus:
                 return cluster_report()
 
+        class metrics:  # noqa: N801
+            @staticmethod
+            async def remote(hot_experts: int) -> MetricsSnapshot:
+                assert hot_experts == 7
+                return snapshot()
+
     def get_actor(name: str, namespace: str) -> Any:
         looked.append(name)
         return Controller
@@ -187,4 +243,6 @@ async def test_the_controller_is_looked_up_once(monkeypatch: pytest.MonkeyPatch)
     asks = controller_link.ControllerStatus("moesaic-x")
     for _ in range(3):
         assert await asks() == cluster_report()
+    metrics = controller_link.ControllerMetrics(asks, "x", hot_experts=7)
+    assert await metrics() == snapshot()
     assert len(looked) == 1
