@@ -24,7 +24,8 @@ experts.
 If the controller does not answer within 5 s, `moesaic_controller_up` is 0, and the series that it
 answers for are absent, not old. If a trunk does not answer, its `moesaic_engine_healthy` is 0, and
 it has no other engine series. While Ray restarts the endpoint's process, nothing answers, and
-Prometheus' own `up` is 0.
+Prometheus' own `up` is 0. A cluster without an endpoint has no monitoring address, and so no
+metrics; `moesaic status --json` has most of the same figures.
 
 | metric | type | labels | unit | meaning |
 |---|---|---|---|---|

@@ -159,10 +159,10 @@ moesaic_group_min_hosts | group | hosts
 moesaic_group_max_hosts | group | hosts
     largest number of hosts of the group
 moesaic_scaling_busy_ratio | - | 0 to 1
-    mean fraction of time in which hosts compute, as the autoscaler sees it; absent before it
-    is known
+    mean fraction of time in which hosts compute, as the autoscaler sees it; absent before it is
+    known, and where the number of hosts is fixed
 moesaic_scaling_wait_ratio | - | ratio
-    time that calls wait / time that their batches take; absent before it is known
+    time that calls wait / time that their batches take; absent as the one above
 moesaic_scaling_blocked | - | 0 or 1
     1 if hosts that should run cannot start
 moesaic_routers | - | routers
