@@ -185,19 +185,17 @@ def training(cluster: Cluster) -> Callable[[threading.Event], None]:
     return train
 
 
-def grown(before: Samples, after: Samples) -> set[str]:
-    """Metrics with other series than before; experts apart, which may be other ones."""
-    return {
-        name
-        for name, labels in before.keys() ^ after.keys()
-        if not any(label == "expert" for label, _ in labels)
-    }
+def changed(before: Samples, after: Samples) -> list[tuple[str, dict[str, str]]]:
+    """Series that came or went; those of experts apart, which may be other experts."""
+    series = ((name, dict(labels)) for name, labels in before.keys() ^ after.keys())
+    return [(name, labels) for name, labels in series if "expert" not in labels]
 
 
 def series_of_experts(found: Samples) -> int:
     return sum(name == "moesaic_expert_replicas" for name, _ in found)
 
 
+@pytest.mark.timeout(600)
 def test_all_expressions_give_data(live: Scraping) -> None:
     cluster = live.cluster
     with meanwhile(talking(cluster), talking(cluster), talking(cluster)):
@@ -256,7 +254,7 @@ def test_requests_make_no_series(live: Scraping) -> None:
             if n in (0, 199):
                 found.append(live.scrape())
     first, last = found
-    assert grown(first, last) == set()
+    assert changed(first, last) == []
     assert series_of_experts(last) == 4
 
 
