@@ -104,7 +104,7 @@ class Overview:
             routers=control.loads.routers,
             router_count=len(routers),
             paths=PathCounts.of(path for name in routers for path in control.paths.get(name, ())),
-            host_queued_s={host: times[host].queued_s for host in hosts if host in times},
+            host_queued_s={host: times[host].queued_s if host in times else 0.0 for host in hosts},
             models={
                 name: ModelFigures(
                     assignments=sum(

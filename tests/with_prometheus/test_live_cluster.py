@@ -245,12 +245,16 @@ def test_rules_are_evaluated_without_an_error(live: Scraping) -> None:
 
 
 def test_requests_make_no_series(live: Scraping) -> None:
-    body = {"model": "m", "prompt": "the quick", "max_tokens": 1}
+    body = {"model": "m", "prompt": "the quick", "max_tokens": 1, "temperature": 0}
     found = []
     with httpx.Client(base_url=live.cluster.url or "") as http:
         for n in range(200):
             asked = {"x-request-id": f"request-{n}", "user-agent": f"client-{n}"}
             assert http.post("/v1/completions", json=body, headers=asked).status_code == 200
+            if n == 0:
+                # What routers count is there when they have reported it.
+                wait_until(lambda: has(live, "moesaic_transport_sends_total"))
+                wait_until(lambda: has(live, "moesaic_balancedness_mean_ratio"))
             if n in (0, 199):
                 found.append(live.scrape())
     first, last = found
