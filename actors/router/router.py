@@ -201,7 +201,6 @@ class Router:
         """Return the load counted since the last report, and the number of the placement in use."""
         with self._lock:
             self._lent_experts.let_go(self._clock())
-            self._counts.count_noted()
             found = self._dispatcher
             asked = () if found.unplaced is None else (found.unplaced,)
             found.asked_for = None

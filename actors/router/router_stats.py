@@ -78,7 +78,11 @@ class CallCounts:
     def take(
         self, dispatcher: Dispatcher, lost_rows: int, transports: Mapping[str, TransportCounts]
     ) -> RouterCounts:
-        """Return everything since the last report; ``transports`` have counts of that time."""
+        """Return everything since the last report; ``transports`` have counts of that time.
+
+        Calls that are only noted are counted first, with their load.
+        """
+        self.count_noted()
         now = RouterCounts(
             calls=self.calls,
             rows=self.rows,
