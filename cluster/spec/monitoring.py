@@ -8,8 +8,7 @@ from .parts import Address, Part
 
 
 class MonitoringSpec(Part):
-    """The address of the page, `/status` and `/metrics`, on the endpoint's machine (Ray's head
-    node)."""
+    """The address of the page, `/status` and `/metrics`, on the machine of the endpoint."""
 
     host: Address = "127.0.0.1"
     """Address on which the page, `/status` and `/metrics` are served. `127.0.0.1` (default): only
