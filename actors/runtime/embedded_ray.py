@@ -75,6 +75,7 @@ def start_embedded(
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
         "object_store_memory": object_store_memory,
+        "include_dashboard": False,
         "temp_dir": str(_ray_folder()),
     }
     command = [sys.executable, "-m", _HEAD, json.dumps(options)]

@@ -27,7 +27,7 @@ def main(options: dict[str, Any]) -> None:
     """Start a head node with these parameters of Ray."""
     maybe_enable_token_auth_if_token_available()
     ensure_token_if_auth_enabled(None, create_token_if_missing=False)
-    parameters = RayParams(gcs_server_port=0, include_dashboard=False, **options)
+    parameters = RayParams(gcs_server_port=0, **options)
     node: Any = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
     print(json.dumps({"address": node.address, "folder": node.get_session_dir_path()}), flush=True)
 

@@ -19,7 +19,7 @@ from ray import serve
 from ray.util import state as ray_state
 
 import moesaic
-from moesaic.actors.runtime import ray_border
+from moesaic.actors.runtime import embedded_ray
 from moesaic.actors.runtime.ray_border import namespace_of, ray_get
 from moesaic.actors.store.cluster_secret import secret_of
 from moesaic.proto.errors import MoesaicError
@@ -93,12 +93,7 @@ def main(folder: str, out: str) -> None:
     logging.basicConfig(level=logging.DEBUG)
     ClusterSecret.new = lambda: ClusterSecret(SECRET)
     # Ray's state API is the dashboard's.
-    start = ray_border.start_embedded
-
-    def with_dashboard(said: Callable[[str], None], **options: Any) -> None:
-        start(said, **{**options, "include_dashboard": True})
-
-    ray_border.start_embedded = with_dashboard
+    embedded_ray._HEAD = head_with_dashboard.__name__
     spec = {
         "name": NAME,
         "models": [{"name": "m", "path": folder, "replicas": 2}],
