@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import select
 import shutil
 import signal
 import stat
@@ -24,13 +25,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp
-from typing import IO
+from typing import IO, Any
 
 import psutil
 import ray
 from ray._common.utils import get_default_system_temp_dir
+from ray._private import worker
 
 from ...proto.errors import ClusterError
+from .ray_head import KEPT
 from .ray_token import make_token
 
 log = logging.getLogger(__name__)
@@ -46,8 +49,10 @@ _TAIL_LINES = 3
 _END_S = 10.0
 _HEAD = "moesaic.actors.runtime.ray_head"
 
-# The programs by which this process has started Rays; a Ray's folder is named by its program's id.
-_heads: list[int] = []
+# The programs by which this process has started Rays that are not kept yet, by their ids.
+_starters: dict[int, subprocess.Popen[str]] = {}
+# All of them: a Ray's folder is named by its program's id.
+_started_by: set[int] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +70,9 @@ def start_embedded(
     num_gpus: int | None = None,
     object_store_memory: int | None = None,
 ) -> EmbeddedRay:
-    """Start a new Ray, which runs until `end_embedded`; this process is not connected to it yet.
+    """Start a new Ray, to which this process is not connected yet.
 
+    It ends with `end_embedded`, and with this process unless `keep_embedded` was called.
     ``said`` is called with a message if a start failed and is tried once more. Raises ClusterError
     with the cause if the last attempt fails too.
     """
@@ -98,28 +104,55 @@ def start_embedded(
 
 def _started(command: list[str]) -> EmbeddedRay:
     """Run the program that starts a Ray. Raises ClusterError with the last line that it printed."""
-    # Not pipes: what a failed start leaves would keep them open.
-    with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
-        # In a session of its own: Ray's processes do not get the terminal's Ctrl-C.
-        head = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            start_new_session=True,
-        )
-        _heads.append(head.pid)
-        try:
-            ended = head.wait(START_S)
-        except subprocess.TimeoutExpired:
-            raise ClusterError(f"its processes did not start within {START_S:g} s") from None
-        finally:
-            head.kill()
-            head.wait()
-        if ended:
-            raise ClusterError(_last_line(errors) or f"its starter ended with {ended}")
-        found = json.loads(_last_line(output))
+    # Not a pipe: what a failed start leaves would keep it open.
+    with TemporaryFile("w+") as errors:
+        reader, writer = os.pipe()
+        with os.fdopen(reader) as told:
+            try:
+                starter = subprocess.Popen(
+                    [*command, str(writer)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    text=True,
+                    pass_fds=[writer],
+                    # Ray's processes do not get the terminal's Ctrl-C.
+                    start_new_session=True,
+                )
+            finally:
+                os.close(writer)
+            _starters[starter.pid] = starter
+            _started_by.add(starter.pid)
+            try:
+                if not select.select([told], [], [], START_S)[0]:
+                    raise ClusterError(f"its processes did not start within {START_S:g} s")
+                line = told.readline()
+                if not line:
+                    starter.wait(_END_S)
+                    raise ClusterError(_last_line(errors) or "its starter wrote nothing")
+            except BaseException:
+                _end_starter(starter.pid)
+                raise
+    found = json.loads(line)
     return EmbeddedRay(found["address"], Path(found["folder"]))
+
+
+def keep_embedded(folder: Path) -> None:
+    """Let the Ray with this folder outlive this process: from now on somebody can end it."""
+    starter = _starters.pop(_starter_of(folder), None)
+    if starter is not None:
+        starter.communicate(KEPT, timeout=_END_S)
+
+
+def _end_starter(pid: int) -> None:
+    starter = _starters.pop(pid, None)
+    if starter is not None:
+        starter.kill()
+        starter.communicate()
+
+
+def _starter_of(folder: Path) -> int:
+    return int(folder.name.rpartition("_")[2])
 
 
 def _last_line(file: IO[str]) -> str:
@@ -139,7 +172,9 @@ def end_embedded(folder: Path) -> None:
     """
     running = processes_of(folder.name)
     try:
-        disconnect()
+        if session_folder() == folder:
+            disconnect()
+        _end_starter(_starter_of(folder))
         raylets = [process for process in running if _name(process) == "raylet"]
         # A raylet that is asked to end takes its workers along.
         for process in raylets:
@@ -149,6 +184,23 @@ def end_embedded(folder: Path) -> None:
     finally:
         _kill(running)
         _kill_sessions([folder.name])
+
+
+def session_folder() -> Path | None:
+    """Return the folder of the Ray that this process is connected to, if it is to one."""
+    # Ray has no public call that says it without a warning.
+    node: Any = worker._global_node
+    if not ray.is_initialized() or node is None:
+        return None
+    return Path(node.get_session_dir_path())
+
+
+def connected_own_ray() -> EmbeddedRay | None:
+    """Return the Ray that this process is connected to, if it is one of Moesaic's own."""
+    folder = session_folder()
+    if folder is None or folder.parent != _ray_folder():
+        return None
+    return EmbeddedRay(ray.get_runtime_context().gcs_address, folder)
 
 
 def disconnect() -> None:
@@ -165,6 +217,8 @@ def disconnect() -> None:
 
 def kill_embedded() -> None:
     """Kill all processes of Rays that this process started."""
+    for starter in list(_starters.values()):
+        starter.kill()
     _kill_sessions([folder.name for folder in sessions()])
 
 
@@ -177,7 +231,7 @@ def _name(process: psutil.Process) -> str:
 
 def sessions() -> set[Path]:
     """Return the folders of all Rays that this process started."""
-    return {folder for pid in _heads for folder in _ray_folder().glob(f"session_*_{pid}")}
+    return {folder for pid in _started_by for folder in _ray_folder().glob(f"session_*_{pid}")}
 
 
 @cache

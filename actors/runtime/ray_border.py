@@ -23,7 +23,7 @@ from ...cluster.card_memory import mig_names
 from ...cluster.spec.parts import Resources
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, MoesaicError, describe_error
-from .embedded_ray import EmbeddedRay, end_embedded, start_embedded
+from .embedded_ray import EmbeddedRay, connected_own_ray, end_embedded, start_embedded
 from .joining import join
 from .log_settings import log_environment
 from .ray_token import need_token
@@ -39,10 +39,6 @@ HEAD_NODE = "node:__internal_head__"
 EMBEDDED_STORE_BYTES = 128 << 20
 
 
-# The Ray that this process started last, if it did.
-_embedded: list[EmbeddedRay] = []
-
-
 def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> EmbeddedRay | None:
     """Connect to Ray; start one where the spec asks for it, and return it.
 
@@ -55,9 +51,7 @@ def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> Embedded
         return None
     if ray.is_initialized():
         _need_token(spec)
-        here = ray_address()
-        own = next((one for one in _embedded if one.address == here), None)
-        return own if spec.ray.address == "local" else None
+        return connected_own_ray() if spec.ray.address == "local" else None
     wanted = sum(group.num_cpus * group.most for group in spec.hosts)
     trunks = spec.trunk.num_cpus * spec.trunk.max_replicas
     wanted += (trunks + 1) * max(1, len(spec.models))
@@ -75,7 +69,6 @@ def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> Embedded
     except BaseException:
         end_embedded(started.folder)
         raise
-    _embedded[:] = [started]
     return started
 
 

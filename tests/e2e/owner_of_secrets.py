@@ -20,11 +20,12 @@ from ray.util import state as ray_state
 
 import moesaic
 from moesaic.actors.runtime import embedded_ray
-from moesaic.actors.runtime.ray_border import namespace_of, ray_get
+from moesaic.actors.runtime.ray_border import namespace_of, ray_address, ray_get
 from moesaic.actors.store.cluster_secret import secret_of
 from moesaic.proto.errors import MoesaicError
 from moesaic.proto.keys import SECRET_BYTES, ClusterSecret, proof_hash
 from moesaic.session import need_session
+from tests.helpers.processes import head_with_dashboard
 
 SECRET = b"the-secret-of-a-cluster-in-bytes"
 assert len(SECRET) == SECRET_BYTES
@@ -66,7 +67,7 @@ def told(cluster: Any) -> dict[str, Any]:
         # Of tasks and objects it tells no more than it has room for.
         listed = getattr(ray_state, name)(
             # Of this Ray: others may run on the machine.
-            address=ray_border.ray_address(),
+            address=ray_address(),
             detail=True,
             limit=1000,
             raise_on_missing_output=False,

@@ -8,4 +8,4 @@ import sys
 from moesaic.actors.runtime.ray_head import main
 
 if __name__ == "__main__":
-    main({**json.loads(sys.argv[1]), "include_dashboard": True})
+    main({**json.loads(sys.argv[1]), "include_dashboard": True}, int(sys.argv[2]))

@@ -127,32 +127,53 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-def test_it_outlives_its_starter_and_ends_as_a_whole() -> None:
-    program = """
+STARTER = """
 import os, signal
-from moesaic.actors.runtime.embedded_ray import start_embedded
+from moesaic.actors.runtime.embedded_ray import keep_embedded, start_embedded
 from moesaic.session import stay_on_loopback
 stay_on_loopback()
 own = start_embedded(num_cpus=1)
+KEEP
 print(own.folder, own.address, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def started_and_killed(keep: str) -> tuple[Path, str]:
+    """The folder and the address of a Ray whose starter was killed."""
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", STARTER.replace("KEEP", keep)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder, address = done.stdout.split()
+    return Path(folder), address
+
+
+def test_it_ends_with_its_starter_until_it_is_noted() -> None:
+    folder, _ = started_and_killed("")
+    until = time.monotonic() + 30
+    while left := [one for one in embedded_ray.processes_of(folder.name) if is_alive(one)]:
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
+def test_it_outlives_its_starter_and_ends_as_a_whole() -> None:
+    folder, address = started_and_killed("keep_embedded(own.folder)")
     try:
-        names = {process.name() for process in embedded_ray.processes_of(Path(folder).name)}
+        names = {process.name() for process in embedded_ray.processes_of(folder.name)}
         assert {"gcs_server", "raylet"} <= names
         # Its sockets and logs are behind a door.
-        assert {entry.name for entry in Path(folder).iterdir()} > {"sockets", "logs"}
-        assert mode(Path(folder).parents[1]) == 0o700
+        assert {entry.name for entry in folder.iterdir()} > {"sockets", "logs"}
+        assert mode(folder.parents[1]) == 0o700
         join(address, insecure=False, log_to_driver=False)
         assert ray.get(ray.remote(lambda: 7).remote()) == 7
-        running = embedded_ray.processes_of(Path(folder).name)
+        running = embedded_ray.processes_of(folder.name)
     finally:
-        end_embedded(Path(folder))
+        end_embedded(folder)
     assert not ray.is_initialized()
     assert not [process for process in running if is_alive(process)]
 
