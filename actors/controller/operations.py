@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
-from ...cluster.control.changes import Change
+from ray.exceptions import RayError
+
+from ...cluster.control.changes import Change, Marks
 from ...cluster.control.control import Control
 from ...cluster.control.operations import (
     check_expert,
@@ -26,6 +30,8 @@ from ...cluster.reports.placing import ChangeReport, DrainPhase, DrainReport, Pl
 from ...cluster.spec.text import bytes_of
 from ...proto.errors import ClusterError
 from ..store.durable_state import store_constraints, store_history
+
+log = logging.getLogger(__name__)
 
 # How long to retry the plan for a constraint if the pool changes while the plan is made.
 PLAN_S = 60.0
@@ -47,6 +53,7 @@ class Operations:
         self._wake = wake
         self._clock = clock
         self._kept_marks = control.changes.marks()
+        self._storing: asyncio.Task[None] | None = None
 
     async def plan(self, budget: int | str | None = None) -> PlanReport:
         """Return what a rebalance would do now, without changing anything."""
@@ -80,9 +87,19 @@ class Operations:
     def keep_history(self) -> None:
         """Store the history for a restarted controller, if it has changed."""
         changes = self._control.changes
-        if (marks := changes.marks()) != self._kept_marks:
-            store_history(self._namespace, changes.snapshot(self._clock()))
+        stored = self._storing is None or self._storing.done()
+        if stored and (marks := changes.marks()) != self._kept_marks:
+            # In a thread: the store does not answer while Ray's GCS is down.
+            kept = changes.snapshot(self._clock())
+            self._storing = asyncio.create_task(self._store_history(kept, marks))
+
+    async def _store_history(self, kept: list[dict[str, Any]], marks: Marks) -> None:
+        try:
+            await asyncio.to_thread(store_history, self._namespace, kept)
             self._kept_marks = marks
+        except (RayError, ConnectionError, RuntimeError):
+            # The next tick tries again.
+            log.exception("the history of changes cannot be stored")
 
     async def rollback(self, number: int | None = None) -> ChangeReport:
         """Restore the placement from before a change (None: before the last one)."""

@@ -12,13 +12,14 @@ import ray
 from ...cluster.spec.spec import Spec
 from ..runtime.embedded_ray import kill_embedded
 from ..runtime.placement_groups import release
-from ..runtime.ray_border import kill_named, namespace_of
+from ..runtime.ray_border import CONTROLLER, kill_named, named_actors, namespace_of
 from ..store.durable_state import forget_all
 from .serve_border import leave_serve
 
 # Namespaces in which this process started something, or was about to. Clusters of other owners may
 # be on the same Ray and are left alone.
 _begun: set[str] = set()
+_ROUNDS = 10
 
 
 def begins(namespace: str) -> None:
@@ -44,4 +45,13 @@ def end_at_once(spec: Spec) -> None:
         last_first.callback(forget_all, namespace)
         last_first.callback(release, namespace)
         last_first.callback(leave_serve, spec.name, patience_s=0.0)
-        last_first.callback(kill_named, namespace)
+        last_first.callback(_kill_all, namespace)
+
+
+def _kill_all(namespace: str) -> None:
+    # The controller first, and all until none is left: it may be starting hosts.
+    kill_named(namespace, CONTROLLER)
+    for _ in range(_ROUNDS):
+        if not named_actors(namespace):
+            return
+        kill_named(namespace)

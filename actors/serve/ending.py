@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from ...proto.errors import ClusterError
 from ..controller.host_provisioner import end_hosts, host_names
 from ..router_service.service_actor import NAME as ROUTER_SERVICE
 from ..runtime.embedded_ray import EmbeddedRay, end_embedded
@@ -41,7 +42,12 @@ def end_cluster(
     namespace = namespace_of(name)
     # A Ray of Moesaic's own takes trunks and ingress along when it ends.
     ray_ends = own_ray is not None and not others_on_ray(namespace)
-    served = serves(name)
+    try:
+        served = serves(name)
+    except ClusterError as error:
+        # It may: what does not answer keeps no other part from its end.
+        log.warning("cluster %s: %s", name, error)
+        served = True
     with contextlib.ExitStack() as last_first:
         last_first.callback(is_over, namespace)
         if own_ray is not None:
@@ -61,6 +67,14 @@ def end_cluster(
                 router_service=_actor(ROUTER_SERVICE, namespace),
                 told=told,
             )
+
+
+def end_leftovers(namespace: str) -> None:
+    """End what an earlier cluster of this name has left, whose end was cut off."""
+    for part in (CONTROLLER, ROUTER_SERVICE):
+        _end_actor(part, namespace)
+    _end_hosts(namespace)
+    release(namespace)
 
 
 def end_own_ray(own_ray: EmbeddedRay, namespace: str) -> None:

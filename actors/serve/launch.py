@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ...cluster.placement import ModelRef, ModelShape
+from ...cluster.placement import ModelRef
 from ...cluster.spec.deployment import Deployment
 from ...cluster.spec.spec import ModelSpec, Spec
 from ...models.source import resolve_model
@@ -28,14 +28,14 @@ from ..router_service.service_actor import service_address, start_router_service
 from ..runtime.embedded_ray import EmbeddedRay
 from ..runtime.log_settings import log_runtime_env, log_settings
 from ..runtime.placement_groups import reserve
-from ..runtime.ray_border import CONTROLLER, controller_of, namespace_of, ray_get, start_ray
+from ..runtime.ray_border import CONTROLLER, cluster_of, namespace_of, ray_get, start_ray
 from ..store.cluster_secret import make_secret
-from ..store.durable_state import forget_last, store_deployment
-from ..store.start_failures import describe_failures, log_of
+from ..store.durable_state import claim, forget_last, store_deployment
+from ..store.start_failures import describe_failures, log_of, start_failures
 from ..tracing.start import store_traces
 from .deploy import deploy_endpoint, wait_endpoint
 from .end_at_once import begins
-from .ending import end_cluster, end_own_ray
+from .ending import end_cluster, end_leftovers, end_own_ray
 from .serve_border import find_address, find_monitoring
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,17 @@ log = logging.getLogger(__name__)
 # (step, how many are done, of how many)
 Progress = Callable[[str, int, int], None]
 LOOK_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Noting:
+    """How whoever starts a cluster notes it, so that it can be ended whatever happens."""
+
+    cluster_id: str = ""
+    # Called when this process is connected to Ray and before anything starts there, with the Ray if
+    # it is Moesaic's own; and when a start that failed has been undone.
+    on_ray: Callable[[EmbeddedRay | None], None] = lambda _: None
+    undone: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True)
@@ -60,14 +71,13 @@ def launch(
     spec: Spec,
     progress: Progress,
     warn: Callable[[str], None] = log.warning,
-    on_ray: Callable[[EmbeddedRay | None], None] = lambda _: None,
+    noting: Noting = Noting(),
     router_key: str | None = None,
 ) -> Launched:
     """Start everything in ``spec`` and wait until it answers.
 
-    ``warn`` receives findings that are odd but harmless. ``on_ray`` is called when this process
-    is connected to Ray and before anything starts there, with the Ray if it is Moesaic's own.
-    ``router_key`` opens the router service; None makes a new key.
+    ``warn`` receives findings that are odd but harmless. ``router_key`` opens the router service;
+    None makes a new key.
 
     Raises SpecError, CheckpointError, UnsupportedModel and ClusterError, after ending what had
     started.
@@ -99,22 +109,28 @@ def launch(
     begun = False  # the namespace is this cluster's
     try:
         check_name(spec)
-        on_ray(own_ray)
+        noting.on_ray(own_ray)
         if spec.endpoint is not None and refs:
             find_address(spec)
             find_monitoring(spec)
+        claim(namespace, spec.timeouts.start_s)
         begins(namespace)
         begun = True
+        end_leftovers(namespace)
         forget_last(namespace)
         make_secret(namespace, router_key)
         store_traces(namespace, spec.traces.settings)
-        _start(spec, launched, [(refs[name], shapes[name]) for name in refs])
+        models = [(refs[name], shapes[name]) for name in refs]
+        deployment = Deployment(
+            id=noting.cluster_id, spec=spec, models=models, router=launched.router
+        )
+        controller = _start(namespace, deployment)
         deployed = None
         if spec.endpoint is not None and refs:
             deployed = deploy_endpoint(
                 spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
             )
-        _wait_loaded(spec, namespace, progress)
+        _wait_loaded(spec, namespace, controller, progress)
         if launched.router is not None:
             progress("starting the router service", 0, 1)
             start_router_service(spec, namespace, launched.router)
@@ -146,6 +162,7 @@ def launch(
                 end_cluster(spec.name, own_ray)
             elif own_ray is not None:
                 end_own_ray(own_ray, namespace)
+            noting.undone()
         except Exception:
             # Logged only: the caller gets the first error, which is the cause.
             log.exception("could not end everything that had started")
@@ -197,13 +214,13 @@ def check_name(spec: Spec) -> None:
         )
 
 
-def _start(spec: Spec, launched: Launched, models: list[tuple[ModelRef, ModelShape]]) -> None:
+def _start(namespace: str, deployment: Deployment) -> Any:
     """Reserve what hosts need, store what the cluster is to be, and start its controller."""
-    namespace = launched.namespace
+    spec = deployment.spec
     for number, group in enumerate(spec.hosts):
         reserve(namespace, number, group, spec.timeouts.start_s)
-    store_deployment(namespace, Deployment(spec=spec, models=models, router=launched.router))
-    (
+    store_deployment(namespace, deployment)
+    return (
         ray.remote(Controller)
         .options(
             name=CONTROLLER,
@@ -221,11 +238,10 @@ def _start(spec: Spec, launched: Launched, models: list[tuple[ModelRef, ModelSha
     )
 
 
-def _wait_loaded(spec: Spec, namespace: str, progress: Progress) -> None:
+def _wait_loaded(spec: Spec, namespace: str, controller: Any, progress: Progress) -> None:
     """Wait until all hosts are up and hold their experts. Raises ClusterError."""
     start_s = spec.timeouts.start_s
     deadline = time.monotonic() + start_s
-    controller = controller_of(namespace)
     desired = ray_get(controller.desired.remote(), start_s, "the controller: start")
     _wait_hosts(namespace, desired, start_s, deadline, progress)
     while spec.models:
@@ -254,6 +270,10 @@ def _wait_hosts(
             with contextlib.suppress(ValueError):
                 starting[ray.get_actor(name, namespace=namespace).entry.remote()] = name
         absent -= set(starting.values())
+        # A host that has failed already has no actor any more.
+        for failed in start_failures(namespace):
+            if failed.name in absent:
+                raise ClusterError(failed.describe(cluster_of(namespace)))
         # A host that fails is reported at once, even while others still wait for a machine.
         ready, _ = ray.wait(list(starting), timeout=LOOK_S) if starting else ([], [])
         for ref in ready:

@@ -283,7 +283,10 @@ def _end_serve() -> None:
     `serve.shutdown` would wait for a call that its controller does not live to answer, and Ray
     prints that error on stdout.
     """
-    ray_get(_controller().graceful_shutdown.remote(wait=False), ASK_S, "Serve's end")
+    controller = _controller()
+    if controller is None:
+        return  # another process has ended it
+    ray_get(controller.graceful_shutdown.remote(wait=False), ASK_S, "Serve's end")
     deadline = time.monotonic() + END_S
     while _controller() is not None:
         if time.monotonic() > deadline:

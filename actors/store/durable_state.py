@@ -22,12 +22,31 @@ from ray.experimental.internal_kv import (
 from ...cluster.expert_keys import ExpertKey
 from ...cluster.planner.plan import OperatorConstraints
 from ...cluster.spec.deployment import Deployment
+from ...proto.errors import ClusterError
+from ..runtime.ray_border import cluster_of
 from .start_failures import forget_start_failures
 
-_DEPLOYMENT = "deployment"
+_CLAIM, _DEPLOYMENT = "claim", "deployment"
 _LATEST, _CONSTRAINTS, _FLEET, _ASLEEP = "latest-term", "constraints", "fleet", "asleep"
 _HISTORY = "history"
 _UPDATES = "updates-"  # and the term
+
+
+def claim(namespace: str, start_s: float) -> None:
+    """Claim the namespace for a cluster that starts. Raises ClusterError if another one does.
+
+    A claim counts for ``start_s``: after that there is a controller, or its cluster has failed.
+    """
+    now = str(time.time())
+    if not _internal_kv_put(_CLAIM, now, overwrite=False, namespace=namespace):
+        return
+    claimed = float(_internal_kv_get(_CLAIM, namespace=namespace) or 0.0)
+    if time.time() - claimed < start_s:
+        raise ClusterError(
+            f"name: a cluster {cluster_of(namespace)!r} is starting on this Ray; `moesaic down "
+            f"--name {cluster_of(namespace)}` ends it"
+        )
+    _internal_kv_put(_CLAIM, now, overwrite=True, namespace=namespace)
 
 
 def store_deployment(namespace: str, deployment: Deployment) -> None:

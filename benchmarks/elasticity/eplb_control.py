@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.actors.controller import controller as controller_module
+from moesaic.actors.controller import restoring
 from moesaic.actors.controller.controller import Controller
 from moesaic.cluster.comparison.eplb import eplb
 from moesaic.cluster.control.change_impact import balancedness_under
@@ -85,5 +85,5 @@ class EplbController(Controller):
 
     def __init__(self, *arguments: Any) -> None:
         # In the actor's own process, which holds nothing else.
-        controller_module.Control = EplbControl
+        restoring.Control = EplbControl
         super().__init__(*arguments)

@@ -87,6 +87,10 @@ class EarlierChange:
         return self.told.model_copy(update={"age_s": round(now - self.began, 1)})
 
 
+# (number, phase, whether its effect is measured) of each change.
+Marks = list[tuple[int, ChangePhase, bool]]
+
+
 class ChangeHistory:
     """The most recent changes, the newest last."""
 
@@ -112,7 +116,7 @@ class ChangeHistory:
             self.earlier.append(EarlierChange(began, told))
             self._next = max(self._next, told.id + 1)
 
-    def marks(self) -> list[tuple[int, ChangePhase, bool]]:
+    def marks(self) -> Marks:
         """Return what changes when `snapshot` is worth storing again."""
         return [(one.id, one.phase, one.impact is not None) for one in self.all]
 

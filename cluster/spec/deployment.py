@@ -19,6 +19,7 @@ from .spec import Spec
 class Deployment:
     """A cluster as it was last asked for."""
 
+    id: str  # another one for each cluster, whatever its name
     spec: Spec
     models: Sequence[tuple[ModelRef, ModelShape]]  # those of the spec, in its order
     router: str | None = None  # host:port of the router service

@@ -9,12 +9,12 @@ import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .controller_client import ControllerClient
+from .ending import end_session
 from .logs import LogKind, LogLine, read_logs
 from .proto.errors import ClusterError
 from .session import (
@@ -407,8 +407,6 @@ class Cluster:
 
     def _close(self, drain_s: float | None, told: Callable[[str], None]) -> None:
         with ExitStack() as last_first:
-            last_first.callback(self.detach)
-            last_first.callback(remove_session, self._session)
             last_first.callback(self._end, drain_s, told)
             for part in (*self._trunks, *self._runs):
                 last_first.callback(part.close)
@@ -416,25 +414,13 @@ class Cluster:
             self._runs.clear()
 
     def _end(self, drain_s: float | None, told: Callable[[str], None]) -> None:
-        if self._ended or not self._session.alive:
-            return
-        from .actors.runtime.embedded_ray import EmbeddedRay, end_embedded
-        from .actors.serve.ending import end_cluster
-
-        session, own_ray = self._session, None
-        if session.ray_folder is not None:
-            own_ray = EmbeddedRay(session.ray_address, Path(session.ray_folder))
-        try:
-            self._join()
-        except ClusterError as error:
-            if own_ray is None:
-                raise
-            # Its GCS is gone, and with it the only way to ask anybody.
-            log.warning("cluster %s is ended with its Ray: %s", self.name, error)
-            end_embedded(own_ray.folder)
-        else:
-            end_cluster(self.name, own_ray, drain_s if session.ready else None, told)
-        self._ended = True
+        """End the cluster; only then nobody needs to know of it any more."""
+        if not self._ended:
+            session = self._session
+            end_session(session, self._join, drain_s if session.ready else None, told)
+            self._ended = True
+            remove_session(session)
+        self.detach()
 
     def _end_with_program(self) -> None:
         if os.getpid() == self._pid:  # a forked process has the handle, too
@@ -453,11 +439,17 @@ class Cluster:
 
     def _join(self) -> str:
         """Connect this process to the cluster's Ray, and return the namespace."""
-        from .actors.runtime.ray_border import join_ray, namespace_of
+        from .actors.runtime.ray_border import join_ray, namespace_of, ray_address
 
         session = self._session
         with show_token(session.ray_token):
             join_ray(session.ray_address, self.name, insecure=session.ray_insecure)
+        if (here := ray_address()) != session.ray_address:
+            raise ClusterError(
+                f"cluster {self.name!r} is on the Ray at {session.ray_address}, and this program "
+                f"is connected to the one at {here}; call ray.shutdown() first, or use another "
+                "program"
+            )
         return namespace_of(self.name)
 
     def _model(self, name: str) -> ModelRef:

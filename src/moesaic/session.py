@@ -39,6 +39,7 @@ class ClusterSession:
     """
 
     name: str
+    id: str = ""  # another one for each cluster, whatever its name
     pid: int  # of the process that started it, which may have ended
     started: float  # of that process, to tell it from a later one with the same pid
     ray_address: str
@@ -62,8 +63,11 @@ class ClusterSession:
     @property
     def alive(self) -> bool:
         """Whether its Ray runs: a raylet of Moesaic's own, or else something at Ray's address."""
-        if self.embedded:
-            return self.raylet() is not None
+        return self.raylet() is not None if self.embedded else self.answers
+
+    @property
+    def answers(self) -> bool:
+        """Whether something takes connections at Ray's address."""
         host, _, port = self.ray_address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
@@ -233,8 +237,20 @@ def find_session(name: str) -> ClusterSession | None:
     if session.alive:
         return session
     if session.embedded:
+        _kill_rest(session)
         remove_private(file)
     return None  # the GCS of a Ray that others started may come back
+
+
+def _kill_rest(session: ClusterSession) -> None:
+    """Kill what a Ray without its raylet has left: without one it is of no use to anybody."""
+    import psutil
+
+    folder = Path(session.ray_folder or "").name
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.uids().real == os.getuid() and folder in " ".join(process.cmdline()):
+                process.kill()
 
 
 def running_sessions() -> Iterator[ClusterSession]:
@@ -272,19 +288,22 @@ def remove_session(session: ClusterSession) -> None:
         found = _parsed(read_private(_file(session.name)), session.name)
     except (FileNotFoundError, ValueError):
         return
-    if (found.pid, found.started) == (session.pid, session.started):
+    if found.id == session.id:
         remove_private(_file(session.name))
 
 
-def remove_own_session(name: str) -> None:
-    """Remove the session file if this process has started the cluster."""
-    pid, started = this_process()
-    remove_session(ClusterSession(name=name, pid=pid, started=started, ray_address=""))
+def own_session(name: str) -> ClusterSession | None:
+    """Return the session of the cluster if this process has started it."""
+    session = find_session(name)
+    return session if session is not None and session.pid == os.getpid() else None
 
 
 def is_noted(session: ClusterSession) -> bool:
-    """Return whether the cluster's file is still there."""
-    return _file(session.name).exists()
+    """Return whether the cluster's file is still there, and not one of a later cluster."""
+    try:
+        return _parsed(read_private(_file(session.name)), session.name).id == session.id
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def note_logs(name: str, folder: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import secrets
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from .session import (
     find_session,
     note_logs,
     ray_token,
-    remove_own_session,
+    remove_session,
     stay_on_loopback,
     this_process,
     write_session,
@@ -57,17 +59,20 @@ def up(
     _check_name(wanted.name, warn)
     if wanted.ray.address == "local":
         stay_on_loopback()
+    from .actors.runtime.embedded_ray import keep_embedded
     from .actors.runtime.ray_border import log_folder, ray_address
-    from .actors.serve.launch import launch
+    from .actors.serve.launch import Noting, launch
     from .actors.store.cluster_secret import router_key_of, secret_of
 
     found: list[ClusterSession] = []
+    cluster_id = secrets.token_hex(8)
 
     def on_ray(own_ray: EmbeddedRay | None) -> None:
         """Note what there is to end, before anything starts."""
         pid, started = this_process()
         session = ClusterSession(
             name=wanted.name,
+            id=cluster_id,
             pid=pid,
             started=started,
             ready=False,
@@ -79,17 +84,21 @@ def up(
             drain_s=wanted.drain_s,
         )
         running = find_session(wanted.name)
-        if running is not None and running.ray_address != session.ray_address:
+        elsewhere = running is not None and running.ray_address != session.ray_address
+        if running is not None and (elsewhere or running.starts):
             raise _running(running)
         write_session(session)
-        note_logs(wanted.name, log_folder())
         found.append(session)
+        if own_ray is not None:
+            keep_embedded(own_ray.folder)
+        note_logs(wanted.name, log_folder())
 
-    try:
-        launched = launch(wanted, progress or quiet, warn, on_ray, router_key)
-    except BaseException:
-        remove_own_session(wanted.name)
-        raise
+    def undone() -> None:
+        for session in found:
+            remove_session(session)
+
+    noting = Noting(cluster_id, on_ray, undone)
+    launched = launch(wanted, progress or quiet, warn, noting, router_key)
     session = replace(
         found[0],
         ready=True,
@@ -120,7 +129,12 @@ def _check_name(name: str, warn: Callable[[str], None]) -> None:
     if session.ready or session.starts:
         raise _running(session)
     warn(f"an earlier start of cluster {name!r} was cut off; what it left is ended")
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     Cluster(session).down()
+    if not connected:
+        from .actors.runtime.embedded_ray import disconnect
+
+        disconnect()  # the new cluster may be on another Ray
 
 
 def _running(session: ClusterSession) -> ClusterError:

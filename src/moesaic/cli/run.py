@@ -16,7 +16,15 @@ from rich.console import Console
 from ..about import default_spec
 from ..actors.runtime.process_log import rename_log
 from ..cluster.spec.spec import Spec, load_spec
-from ..session import is_alive, is_noted, need_session, remove_own_session
+from ..proto.errors import ClusterError
+from ..session import (
+    find_session,
+    is_alive,
+    is_noted,
+    need_session,
+    own_session,
+    remove_session,
+)
 from .ending import EndSignals
 from .progress import bars
 from .terminal import print_json
@@ -29,6 +37,8 @@ err = Console(stderr=True, highlight=False)
 
 # Seconds between two looks at whether the cluster is still there.
 LOOK_S = 0.5
+# `down` removes the session this long after Ray, at most.
+ENDING_S = 20.0
 
 
 # What `moesaic up` starts in a clone of the project.
@@ -101,9 +111,17 @@ def _stay(name: str, ends: EndSignals) -> bool:
         from ..actors.runtime.embedded_ray import disconnect
 
         disconnect()
+    alone = 0.0  # for how long the session has been there without its Ray
     while not ends.asked.wait(LOOK_S):
-        if not is_noted(session) or (raylet is not None and not is_alive(raylet)):
+        if not is_noted(session):
             return False
+        alone = alone + LOOK_S if raylet is not None and not is_alive(raylet) else 0.0
+        if alone > ENDING_S:
+            find_session(name)  # removes what is left
+            raise ClusterError(
+                f"the Ray of cluster {name!r} has died, and the cluster with it; its logs are in "
+                f"{session.logs}"
+            )
     return True
 
 
@@ -124,10 +142,14 @@ def _sweep(spec: Spec) -> None:
     """Remove what is left of a start."""
     from ..actors.serve.end_at_once import end_at_once
 
+    session = own_session(spec.name)
     with ExitStack() as last_first:
-        # After the session: Ray's code in this process may end the process when its Ray is gone.
+        if session is not None and not session.embedded:
+            last_first.callback(remove_session, session)
         last_first.callback(end_at_once, spec)
-        last_first.callback(remove_own_session, spec.name)
+        if session is not None and session.embedded:
+            # Before its Ray: Ray's code in this process may end the process when its Ray is gone.
+            last_first.callback(remove_session, session)
 
 
 def _end_at_once(spec: Spec) -> None:

@@ -237,10 +237,11 @@ def test_an_embedded_ray_without_a_token_is_ended(monkeypatch: pytest.MonkeyPatc
         run(True)
         return EmbeddedRay(address, Path("/r"))
 
-    monkeypatch.setattr(ray_border, "_embedded", [])
     monkeypatch.setattr(ray_border, "start_embedded", start)
     monkeypatch.setattr(ray_border, "end_embedded", lambda folder: run(False))
-    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(
+        ray_border, "join", lambda at, *, insecure, **_: need_token(at, insecure=insecure)
+    )
     models = [{"name": "m", "path": "p"}]
     with gcs(same) as address:
         with pytest.raises(ClusterError, match="asks for no token"):

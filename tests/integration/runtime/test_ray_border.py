@@ -15,7 +15,7 @@ from moesaic.actors.runtime.embedded_ray import EmbeddedRay
 from moesaic.actors.runtime.ray_border import join_ray, start_ray
 from moesaic.actors.serve import end_at_once, ending
 from moesaic.actors.serve.ending import end_cluster
-from moesaic.cluster.spec.spec import parse_spec
+from moesaic.cluster.spec.spec import RaySpec, parse_spec
 from moesaic.proto.errors import ClusterError
 
 
@@ -42,31 +42,21 @@ def test_ray_offers_what_a_host_does() -> None:
 
 def test_a_second_cluster_of_a_program_is_on_the_same_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = parse_spec({"models": [{"name": "m", "path": "p"}]})
-    running: list[str] = []
-
-    def start(said: object, **options: object) -> EmbeddedRay:
-        running.append(f"127.0.0.1:{len(running) + 1}")
-        return EmbeddedRay(running[-1], Path("/r"))
-
-    monkeypatch.setattr(ray_border, "_embedded", [])
-    monkeypatch.setattr(ray_border, "start_embedded", start)
+    own = EmbeddedRay("127.0.0.1:1", Path("/r"))
+    connected: EmbeddedRay | None = None
+    monkeypatch.setattr(ray_border, "start_embedded", lambda said, **_: own)
     monkeypatch.setattr(ray_border, "join_ray", lambda *_, **__: None)
     monkeypatch.setattr(ray_border, "_need_token", lambda spec: None)
-    monkeypatch.setattr(ray_border, "ray_address", lambda: joined)
-    monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: joined != "")
-    joined = ""
-    first = start_ray(spec)
-    assert first is not None
-    joined = first.address
-    assert start_ray(spec) == first
+    monkeypatch.setattr(ray_border, "connected_own_ray", lambda: connected)
+    monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: initialized)
+    initialized = False
+    assert start_ray(spec) == own
+    initialized, connected = True, EmbeddedRay("127.0.0.1:2", Path("/s"))
+    assert start_ray(spec) == connected
+    assert start_ray(spec.model_copy(update={"ray": RaySpec(address="auto")})) is None
     # One that the program itself has started, or joined.
-    joined = "10.0.0.1:6379"
+    connected = None
     assert start_ray(spec) is None
-    # The first one was ended behind this process's back.
-    joined = ""
-    second = start_ray(spec)
-    assert second is not None
-    assert second != first
 
 
 class Ended:

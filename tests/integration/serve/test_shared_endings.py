@@ -23,7 +23,7 @@ from moesaic.actors.serve.end_at_once import end_at_once
 from moesaic.actors.serve.serve_border import find_serve
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.handle import Cluster
-from moesaic.session import remove_own_session
+from moesaic.session import own_session, remove_session
 from tests.helpers.endpoint.scripted import COUNT, SLOW_S, SLOWLY, scripted_engine
 from tests.helpers.paths import ROOT
 from tests.helpers.processes.live import ON_RAY, own_ray, wait_until
@@ -142,4 +142,6 @@ def test_ending_one_at_once_leaves_the_other_alone(folder: Path) -> None:
         end_at_once(wanted)  # again: nothing is left to end
         assert works(stays)
         dies.detach()
-        remove_own_session(dies.name)
+        session = own_session(dies.name)
+        assert session is not None
+        remove_session(session)

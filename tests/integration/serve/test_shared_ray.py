@@ -18,7 +18,7 @@ from moesaic.actors.runtime.ray_border import controller_of, kill_named, namespa
 from moesaic.actors.serve.serve_border import find_serve
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from moesaic.session import remove_own_session
+from moesaic.session import own_session, remove_session
 from tests.helpers.processes.live import ON_RAY, own_ray, text_of
 from tests.integration.conftest import save_model
 
@@ -93,7 +93,9 @@ def test_what_a_cluster_left_whose_controller_is_gone_is_ended(folder: Path) -> 
     dead = moesaic.up(spec_of(folder, "dead", port=port))
     dead.detach()
     kill_named(namespace_of(dead.name))
-    remove_own_session(dead.name)
+    session = own_session(dead.name)
+    assert session is not None
+    remove_session(session)
     left = find_serve()
     assert left is not None
     assert list(left.routes) == [namespace_of(dead.name)]

@@ -80,6 +80,7 @@ WRONG = [
     (["experts"], 1, GONE),
     (["experts", "--layer", "x"], 2, "--layer"),
     (["experts", "--hot", "0"], 2, "--hot"),
+    (["page"], 1, GONE),
     (["logs"], 1, GONE),
     (["logs", "hots"], 2, "'hots' is not one of controller"),
     (["logs", "--tail", "-1"], 2, "--tail"),

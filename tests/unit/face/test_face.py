@@ -25,6 +25,7 @@ IN_PYTHON = {
     "history": "moesaic:Cluster.history",
     "inspect": "moesaic:inspect_model",
     "logs": "moesaic:Cluster.logs",
+    "page": "moesaic.page_address:open_page",
     "pin": "moesaic:Cluster.pin",
     "plan": "moesaic:Cluster.plan",
     "rebalance": "moesaic:Cluster.rebalance",

@@ -18,11 +18,13 @@ import psutil
 import pytest
 
 from moesaic import handle, private_files, session
+from moesaic.handle import Cluster
 from moesaic.private_files import replace_file
 from moesaic.proto.errors import ClusterError
 from moesaic.session import (
     ClusterSession,
     find_session,
+    is_noted,
     logged_session,
     need_session,
     note_logs,
@@ -378,13 +380,44 @@ def dead_process() -> int:
 
 
 def test_the_file_of_a_later_cluster_of_that_name_stays() -> None:
-    first = announce(pid=1)
-    later = announce(pid=2)
+    first = announce(id="1")
+    later = announce(id="2")
+    assert not is_noted(first)
+    assert is_noted(later)
     remove_session(first)
     assert find_session("c") == later
     remove_session(later)
     assert not file().exists()
     remove_session(later)
+
+
+def test_an_end_that_fails_keeps_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = announce(ray_folder=None)
+    monkeypatch.setattr(ClusterSession, "alive", False)
+    with pytest.raises(ClusterError, match=r"nothing answers at 127\.0\.0\.1:6379"):
+        Cluster(written).down()
+    monkeypatch.setattr(ClusterSession, "alive", True)
+    for error in (ClusterError("late"), KeyboardInterrupt()):
+
+        def fails(*_: Any, error: BaseException = error) -> str:
+            raise error
+
+        monkeypatch.setattr(Cluster, "_join", fails)
+        monkeypatch.setattr(ClusterSession, "answers", True)
+        with pytest.raises(type(error)):
+            Cluster(written).down()
+        assert find_session("c") == written
+
+
+def test_no_other_ray_is_taken_for_the_clusters_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesaic.actors.runtime import ray_border
+
+    monkeypatch.setattr(ray_border, "join_ray", lambda *_, **__: None)
+    monkeypatch.setattr(ray_border, "ray_address", lambda: "10.0.0.1:6379")
+    monkeypatch.setattr(ClusterSession, "answers", True)
+    with pytest.raises(ClusterError, match=r"connected to the one at 10\.0\.0\.1:6379"):
+        Cluster(announce()).down()
+    assert find_session("c") is not None
 
 
 def test_rays_token_is_shown_and_not_left_to_other_processes(
@@ -399,6 +432,7 @@ def test_rays_token_is_shown_and_not_left_to_other_processes(
         seen.append((environment("RAY_AUTH_TOKEN"), environment("RAY_AUTH_MODE"), insecure))
 
     monkeypatch.setattr(ray_border, "join_ray", joined)
+    monkeypatch.setattr(ray_border, "ray_address", lambda: "127.0.0.1:6379")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of another")
     announce()

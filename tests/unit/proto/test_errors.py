@@ -358,7 +358,7 @@ def test_the_status_waits_a_little_longer_than_its_parts() -> None:
 async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError, RayTaskError
 
-    from moesaic.actors.serve import deploy, serve_app
+    from moesaic.actors.serve import controller_link, serve_app
 
     async def late() -> None:
         await asyncio.Event().wait()
@@ -366,20 +366,20 @@ async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPat
     async def failing(error: Exception) -> None:
         raise error
 
-    monkeypatch.setattr(deploy, "QUESTION_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(controller_link, "QUESTION_TIMEOUT_S", 0.01)
     monkeypatch.setattr(serve_app, "QUESTION_TIMEOUT_S", 0.01)
     monkeypatch.setattr(serve_app, "START_TIMEOUT_S", 0.01)
     with pytest.raises(
         MoesaicError, match=r"the controller did not answer within 0\.01 s"
     ) as caught:
-        await deploy.answered(late())
+        await controller_link.answered(late())
     assert caught.value.http_status == 503
     with pytest.raises(MoesaicError, match="the controller is being restarted") as caught:
-        await deploy.answered(failing(ActorDiedError()))
+        await controller_link.answered(failing(ActorDiedError()))
     assert caught.value.http_status == 503
     defect = RayTaskError("status", "trace", KeyError("x"))
     with pytest.raises(InternalError, match="its status: KeyError: 'x'"):
-        await deploy.answered(failing(defect))
+        await controller_link.answered(failing(defect))
 
     class Silent(serve_app.TrunkClient):
         def __init__(self) -> None:

@@ -67,7 +67,11 @@ def test_a_pass_logs_its_requests_when_it_begins(
     caplog.set_level(level, logger="moesaic")
     requests, router, out = Requests(Streams([])), Router(), torch.ones(4, 2)
     runner = runner_of(out)
-    router.begun = lambda: requests.log_step("r", 4)
+
+    def begun() -> None:
+        requests.log_step("r", 4)
+
+    router.begun = begun
     requests.watch(runner, router, may_repeat=True)
     requests.added("trace-0#1", "v1")
     requests.added("other-0#2", "v2")

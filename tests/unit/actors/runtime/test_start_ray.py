@@ -33,6 +33,5 @@ def test_every_instance_of_a_gpu_is_one_of_rays_gpus(
 
     monkeypatch.setattr(ray_border, "start_embedded", start)
     monkeypatch.setattr(ray_border, "join_ray", lambda *_, **__: None)
-    monkeypatch.setattr(ray_border, "_embedded", [])
     assert ray_border.start_ray(parse_spec({}))
     assert [one["num_gpus"] for one in told] == [wanted]

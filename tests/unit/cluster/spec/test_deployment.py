@@ -16,7 +16,10 @@ def test_a_record_is_read_as_it_was_written(name: str) -> None:
     ref = ModelRef(name="m", dtype="bfloat16", path="/m", config={"layers": [1]}, learns=True)
     shape = ModelShape(model="m", experts={0: 8, 3: 16}, replicas=2, expert_bytes=1 << 20)
     written = Deployment(
-        spec=load_spec(ROOT / "deploy" / name), models=[(ref, shape)], router="127.0.0.1:8001"
+        id="1f",
+        spec=load_spec(ROOT / "deploy" / name),
+        models=[(ref, shape)],
+        router="127.0.0.1:8001",
     )
     assert Deployment.from_json(written.to_json()) == written
 
