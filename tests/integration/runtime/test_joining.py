@@ -237,6 +237,7 @@ def test_an_embedded_ray_without_a_token_is_ended(monkeypatch: pytest.MonkeyPatc
         run(True)
         return EmbeddedRay(address, Path("/r"))
 
+    monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_border, "start_embedded", start)
     monkeypatch.setattr(ray_border, "end_embedded", lambda folder: run(False))
     monkeypatch.setattr(
