@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from pytest import MonkeyPatch
 
 import moesaic
 from moesaic import Client
-from moesaic.actors.runtime.embedded_ray import EmbeddedRay, end_embedded, start_embedded
+from moesaic.actors.runtime import embedded_ray
+from moesaic.actors.runtime.embedded_ray import connected_own_ray, end_embedded, start_embedded
 from moesaic.actors.runtime.joining import join
 from moesaic.clients.http_client import Options
 from moesaic.cluster.reports.status import HostProcess, HostStatus
@@ -37,14 +40,21 @@ ON_RAY = [
 
 
 @contextmanager
-def own_ray(num_cpus: int, **options: Any) -> Iterator[EmbeddedRay]:
-    """A Ray that no cluster started, and none ends; this process is connected to it."""
-    ray = start_embedded(num_cpus=num_cpus)
-    try:
-        join(ray.address, insecure=False, log_to_driver=False, **options)
-        yield ray
-    finally:
-        end_embedded(ray.folder)
+def program_ray(num_cpus: int, **options: Any) -> Iterator[None]:
+    """A Ray of the program's own, to which it is connected: no cluster on it may end it."""
+    with (
+        TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as elsewhere,
+        MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(embedded_ray, "_ray_folder", lambda: Path(elsewhere))
+        ray = start_embedded(num_cpus=num_cpus)
+        patch.undo()
+        try:
+            join(ray.address, insecure=False, log_to_driver=False, **options)
+            assert connected_own_ray() is None
+            yield
+        finally:
+            end_embedded(ray.folder)
 
 
 @contextmanager

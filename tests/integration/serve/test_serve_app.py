@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from tests.helpers.paths import ROOT
-from tests.helpers.processes.live import own_ray
+from tests.helpers.processes.live import program_ray
 
 # Before Ray is imported: no telemetry, and all on the loopback interface.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -63,7 +63,7 @@ def url(monitoring: str) -> Iterator[str]:
     # The replicas import the factories from this folder.
     root = ROOT
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}}
-    with own_ray(4, runtime_env=environment):
+    with program_ray(4, runtime_env=environment):
         try:
             serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
             factories = {"tiny": tiny_engine, "script": scripted_engine}

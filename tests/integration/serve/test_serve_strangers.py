@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.helpers.paths import ROOT
-from tests.helpers.processes.live import own_ray
+from tests.helpers.processes.live import program_ray
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -47,7 +47,7 @@ PATH = "/v1/completions"
 def http() -> Iterator[httpx.Client]:
     root = ROOT
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}}
-    with own_ray(4, runtime_env=environment):
+    with program_ray(4, runtime_env=environment):
         try:
             start_serve(ServeAddress("127.0.0.1", PORT), "strangers")
             trunk = Trunk.options(name="Trunk-script").bind(scripted_engine)

@@ -26,7 +26,7 @@ from moesaic.handle import Cluster
 from moesaic.session import own_session, remove_session
 from tests.helpers.endpoint.scripted import COUNT, SLOW_S, SLOWLY, scripted_engine
 from tests.helpers.paths import ROOT
-from tests.helpers.processes.live import ON_RAY, own_ray, wait_until
+from tests.helpers.processes.live import ON_RAY, program_ray, wait_until
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY
@@ -43,7 +43,7 @@ def shared_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         patched.setattr(deploy, "EngineFactory", lambda config: scripted_engine)
-        with own_ray(8):
+        with program_ray(8):
             try:
                 yield
             finally:

@@ -19,7 +19,7 @@ from moesaic.actors.serve.serve_border import find_serve
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
 from moesaic.session import own_session, remove_session
-from tests.helpers.processes.live import ON_RAY, own_ray, text_of
+from tests.helpers.processes.live import ON_RAY, program_ray, text_of
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def shared_ray() -> Iterator[None]:
     """One that no cluster started, and none ends."""
-    with own_ray(8):
+    with program_ray(8):
         yield
 
 
