@@ -156,6 +156,11 @@ NOT_RUN = {
     "moesaic inspect": "the command's name, in a sentence",
     "moesaic drain": "the command's name, in a sentence",
     "moesaic record": "the command's name, in a sentence",
+    "moesaic pin": "the command's name, in a sentence",
+    "moesaic replicate": "the command's name, in a sentence",
+    "moesaic scale": "the command's name, in a sentence",
+    "moesaic undrain": "the command's name, in a sentence",
+    "moesaic unpin": "the command's name, in a sentence",
 }
 COMMANDS = sorted({re.sub(r'\[?"\.\.\."\]?', "...", text) for _, text in written_commands()})
 
