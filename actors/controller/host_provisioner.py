@@ -134,8 +134,7 @@ class HostProvisioner:
     """Asks the controller's loop which hosts there should be, and starts and ends them.
 
     It has a thread, because Ray's calls block it while Ray's GCS is down. The thread survives every
-    error. If it ended all the same, the loop would notice that nobody asks any more, and `status`
-    would say so.
+    error. `status` reports a thread that has stopped asking.
     """
 
     def __init__(

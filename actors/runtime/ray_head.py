@@ -3,7 +3,7 @@
 A program, which `embedded_ray` starts: Ray's own `ray start` also opens a port for remote drivers,
 and `ray.init` ends its processes with the process that called it. It writes one line of JSON with
 the address and the folder of the Ray to a pipe, and waits for a line that says that they are noted.
-If its starter ends before, so does the Ray: nobody would know of it.
+If its starter ends before that, this program ends the Ray, because no session file names it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sends a process's spans to a collector, over OTLP/HTTP, from a thread of its own.
 
-Nobody waits for it. Spans wait in a queue of bounded length; those that come while it is full, and
-those that the collector does not take, are dropped and counted. The log says once that spans are
-dropped, and once that they are taken again.
+Requests never wait for it. Spans wait in a queue of bounded length; those that come while it is
+full, and those that the collector does not take, are dropped and counted. The log says once that
+spans are dropped, and once that they are taken again.
 """
 
 from __future__ import annotations

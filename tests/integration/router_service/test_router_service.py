@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,16 +205,9 @@ def test_the_example_of_the_page_runs_on_the_clusters_machine(
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
     # Its Ray is where the service listens: something does.
-    write_session(
-        ClusterSession(
-            name="x",
-            pid=1,
-            started=0.0,
-            ray_address=served.service.address,
-            router=served.service.address,
-            router_key=KEY,
-        )
-    )
+    at = served.service.address
+    session = ClusterSession(name="x", pid=1, started=0.0, ray_address=at)
+    write_session(replace(session, router=at, router_key=KEY))
     (example,) = (
         text for page, text in blocks("python") if page == "router.md" and "RouterStub" not in text
     )
