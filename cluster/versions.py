@@ -70,6 +70,13 @@ class WeightVersions:
             {key: version for key, version in self.experts.items() if key.model == model},
         )
 
+    def without(self, model: str) -> WeightVersions:
+        """Return the versions of all other models' experts."""
+        return WeightVersions(
+            {name: version for name, version in self.models.items() if name != model},
+            {key: version for key, version in self.experts.items() if key.model != model},
+        )
+
     def trained(self, model: str, version: int) -> WeightVersions:
         """Return these versions, with one number for all experts of a model."""
         others = {k: v for k, v in self.experts.items() if k.model != model}

@@ -153,6 +153,12 @@ class WeightUpdates:
         self._numbers[model] = max(self._numbers.get(model, FIRST_VERSION), last_number)
         self._view.serve(versions)
 
+    def forget(self, model: str) -> None:
+        """Forget the updates of a model that is not served any more; its numbers stay used."""
+        self.past = [one for one in self.past if one.model != model]
+        self._saved -= {one for one in self._saved if one.key.model == model}
+        self._view.serve(self._view.versions.without(model))
+
     def abandon(self, update: WeightUpdate) -> None:
         """Give an update up; hosts evict what has arrived of it."""
         if self.is_under_way(update):

@@ -31,9 +31,9 @@ from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
 from ...cluster.reports.scaling import ScalingReport
 from ...cluster.reports.status import ClusterStatus
 from ...cluster.reports.updates import WeightUpdateReport
+from ...cluster.spec.deployment import Deployment
 from ...cluster.training.runs import BegunTraining, TrainingNews
-from ...cluster.update_folder import UpdateFolder
-from ...proto.errors import CheckpointError, ClusterError, describe_error
+from ...proto.errors import ClusterError, describe_error
 from ..host.report import HostReport
 from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert, grant_all
 from ..router_service.service_actor import ServiceWatch
@@ -49,7 +49,8 @@ from .host_provisioner import HostProvisioner, HostStarter
 from .operations import Operations
 from .overview import LoopState, Overview
 from .page_items import PageItems
-from .restoring import restore
+from .reshaping import Reshaping
+from .restoring import replay, restore
 from .sizing import Sizing
 from .training import Training
 from .weight_updating import WeightUpdating
@@ -86,8 +87,8 @@ class Controller:
         )
         spec = deployment.spec
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
-        for ref, shape in deployment.models:
-            self._adopt(ref, shape)
+        for one in deployment.models:
+            self._adopt(one.ref, one.shape)
         store_updates(namespace, self._term, self._control.snapshot())
         self._hosts = HostActors(namespace)
         self._polling = HostPolling(self._observe, self._wake.set, clock)
@@ -122,6 +123,17 @@ class Controller:
             hurry=self._hurry,
             clock=clock,
         )
+        self._reshaping = Reshaping(
+            deployment=deployment,
+            control=self._control,
+            sizing=self._sizing,
+            models=self._models,
+            reports=self._hosts.reports,
+            adopt=partial(self._adopt, fits=True),
+            forget=self._orders.forget_model,
+            namespace=namespace,
+            clock=clock,
+        )
         self._operations = Operations(self._control, namespace, self._wake.set, clock)
         self._overview = Overview(
             control=self._control,
@@ -145,7 +157,7 @@ class Controller:
         self._loop = loop.create_task(self._run())
         self._watching = loop.create_task(self._overview.watch(lambda: self._polling.quiet))
         self._provisioner = HostProvisioner(
-            HostStarter(spec, namespace, first, self._hosts.nodes),
+            HostStarter(lambda: self._reshaping.deployment, namespace, first, self._hosts.nodes),
             namespace,
             partial(self._sizing.desired_for_thread, loop),
         )
@@ -305,6 +317,15 @@ class Controller:
     async def scaling(self, number: int) -> ScalingReport:
         return await self._sizing.scaling(number)
 
+    # ---- another spec: see `Reshaping` ----------------------------------------------------------
+
+    async def reshape(self, before: str, wanted: Deployment, who: str) -> None:
+        await self._reshaping.follow(before, wanted, who)
+
+    async def left(self, model: str) -> bool:
+        """Return whether some host still knows a model that the cluster serves no more."""
+        return self._reshaping.is_left(model)
+
     # ---- observers: see `Overview` --------------------------------------------------------------
 
     async def status(self) -> ClusterStatus:
@@ -372,12 +393,13 @@ class Controller:
         # After a restart of this controller, only the hosts know models that were attached.
         for report in self._hosts.reports.values():
             for ref, shape in report.models:
-                if ref.name not in self._models:
+                if ref.name not in self._models and ref.path is None:
                     try:
                         self._adopt(ref, shape)
                     except ValueError as error:
                         # This model is left out; the others are served.
                         self._hosts.errors[report.entry.host] = str(error)
+        self._reshaping.tick()
         now = self._clock()
         published = self._control.note(observed, now)
         self._training.ticked()  # it stores what is served, before any router hears of it
@@ -427,7 +449,7 @@ class Controller:
         self._hosts.reported(host, report)
         return Observation(
             entry=report.entry,
-            holdings=without(report.holdings, forgetting),
+            holdings=without(self._reshaping.own_holdings(host, report), forgetting),
             loading=report.loading > 0 or self._orders.moves_experts(host),
             work=Work(report.loop.batches, report.loop.assignments, report.loop.busy_s),
             device_bytes=None if report.card is None else report.card.room_bytes,
@@ -453,31 +475,9 @@ class Controller:
 
     # ---- small parts ----------------------------------------------------------------------------
 
-    def _adopt(self, ref: ModelRef, shape: ModelShape) -> None:
-        self._control.add_model(shape, on_disk=ref.path is not None)
+    def _adopt(self, ref: ModelRef, shape: ModelShape, *, fits: bool = False) -> None:
+        self._control.add_model(shape, on_disk=ref.path is not None, fits=fits)
         self._models[ref.name] = (ref, shape)
         if ref.updates is not None:
-            self._replay(UpdateFolder(ref.updates, ref.name), ref.name)
+            replay(self._control, ref.name, ref.updates, lenient=self._follows_another)
         self._wake.set()
-
-    def _replay(self, folder: UpdateFolder, model: str) -> None:
-        """Serve what the updates in the model's folder lead to."""
-        known = self._control.updates.last_number(model)
-        try:
-            found = folder.updates()
-            if known is not None and known not in [one.number for one in found]:
-                raise CheckpointError(f"{folder.path}: the record of update {known} is gone")
-            self._control.updates.replay(model, found, folder.last_number())
-        except CheckpointError as error:
-            if not self._follows_another:
-                raise
-            # The controller before this one knew them, and serving goes on.
-            log.error("model %s: its updates cannot be read again: %s", model, error)
-            return
-        try:
-            unused = folder.remove_unused()
-        except OSError as error:
-            log.warning("model %s: cannot tidy up %s: %s", model, folder.path, error)
-        else:
-            if unused:
-                log.info("model %s: deleted weights of updates that never ended: %s", model, unused)

@@ -52,6 +52,7 @@ class HostOrders:
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
         self._ends: dict[str, asyncio.Task[None]] = {}
+        self._forgets: dict[str, asyncio.Task[None]] = {}
         self._evictions: dict[str, int] = defaultdict(int)  # count of ended ones, by host
         self.loads: dict[str, LoadCounts] = defaultdict(LoadCounts)  # by model
 
@@ -72,6 +73,12 @@ class HostOrders:
                     return
                 self._ends[host] = loop.create_task(self._end_run(command))
         self._changed(host)
+
+    def forget_model(self, host: str, ref: ModelRef) -> None:
+        """Let a host forget a model and all its experts; no router may need them any more."""
+        if host not in self._forgets:
+            loop = asyncio.get_running_loop()
+            self._forgets[host] = loop.create_task(self._forget_model(host, ref))
 
     def moves_experts(self, host: str) -> bool:
         """Return whether the host is loading or evicting experts."""
@@ -126,7 +133,8 @@ class HostOrders:
 
     def _count(self, command: LoadExperts, *, failed: bool) -> None:
         for key, _ in command.weights:
-            self.loads[key.model].count(self._models[key.model][1].expert_bytes, failed=failed)
+            if (known := self._models.get(key.model)) is not None:  # it was not removed meanwhile
+                self.loads[key.model].count(known[1].expert_bytes, failed=failed)
 
     async def _evict(self, command: Evict) -> None:
         host = command.host
@@ -144,6 +152,20 @@ class HostOrders:
         finally:
             self._evictions[host] += 1
             del self._evicts[host]
+            self._changed(host)
+
+    async def _forget_model(self, host: str, ref: ModelRef) -> None:
+        try:
+            asked = self._hosts.handle(host).forget_model.remote(ref, term=self._term)
+            await asyncio.wait_for(asked, ORDER_TIMEOUT_S)
+        except (RayTaskError, MoesaicError) as failure:
+            self._hosts.errors[host] = describe_error(self.cause(failure))
+        except (RayError, ValueError, TimeoutError) as failure:
+            # If it still knows the model, its next report says so, and it is told again.
+            text = "host %s has not forgotten model %s: %s"
+            log.info(text, host, ref.name, failure, extra={"host": host})
+        finally:
+            del self._forgets[host]
             self._changed(host)
 
     async def _end_run(self, command: EndRun) -> None:

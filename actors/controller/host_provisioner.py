@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import (
 
 from ...cluster.scaling.fleet import HOST_NAME
 from ...cluster.scaling.node_choice import PlacedHost, PoolNode, choose_node
+from ...cluster.spec.deployment import Deployment
 from ...cluster.spec.spec import HostGroup, Spec
 from ..host.host_actor import RayExpertHost
 from ..runtime.placement_groups import reserved
@@ -42,18 +43,18 @@ class HostStarter:
 
     def __init__(
         self,
-        spec: Spec,
+        deployment: Callable[[], Deployment],
         namespace: str,
         first: Mapping[str, int],
         nodes: Callable[[], Mapping[str, str]],
     ) -> None:
         """Start nothing yet.
 
-        ``first`` has the group of each host that the spec asks for, by name and in order: they
-        take the places of the groups' placement groups. ``nodes`` returns the node of every host
-        that is up.
+        ``deployment`` returns what the cluster is to be now. ``first`` has the group of each host
+        that the spec asked for at first, by name and in order: they take the places of the groups'
+        placement groups. ``nodes`` returns the node of every host that is up.
         """
-        self._spec = spec
+        self._deployment = deployment
         self._namespace = namespace
         self._places = _places(first)
         self._nodes = nodes
@@ -61,9 +62,10 @@ class HostStarter:
 
     def start(self, name: str, group: int, others: Mapping[str, int]) -> None:
         """Start a host beside ``others``, each with its group; it may wait for a machine."""
-        wanted = self._spec.hosts[group]
-        threads = self._threads() if wanted.threads == "auto" else wanted.threads
-        lends = self._spec.lending_of(wanted) != "never"
+        deployment = self._deployment()
+        spec, wanted = deployment.spec, deployment.groups[group]
+        threads = _threads(spec) if wanted.threads == "auto" else wanted.threads
+        lends = spec.lending_of(wanted) != "never"
         strategy = self._reserved(name, group) or self._strategy(name, wanted, others, stays=lends)
         (
             ray.remote(RayExpertHost)
@@ -78,23 +80,17 @@ class HostStarter:
             )
             .remote(
                 name,
-                cluster=self._spec.name,
-                bind=self._spec.network.bind,
+                cluster=spec.name,
+                bind=spec.network.bind,
                 device=wanted.device,
                 limits=wanted.limits,
                 threads=threads,
-                transport=self._spec.network.transport,
+                transport=spec.network.transport,
                 lends=lends,
-                keep_s=self._spec.balance.host_timeout_s if lends else None,
-                share=wanted.card_share(f"hosts.{group}", trains=self._spec.trains),
+                keep_s=spec.balance.host_timeout_s if lends else None,
+                share=wanted.card_share(f"hosts.{group}", trains=spec.trains),
             )
         )
-
-    def _threads(self) -> int:
-        """Return each host's share of a node's cores, if hosts are spread evenly."""
-        nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-        per_node = math.ceil(self._spec.num_hosts / nodes)
-        return max(1, (os.cpu_count() or 1) // per_node)
 
     def _reserved(self, name: str, group: int) -> Any:
         if (place := self._places.get(name)) is None:
@@ -116,11 +112,11 @@ class HostStarter:
             for node in ray.nodes()
             if node["Alive"]
         ]
-        at = {**self._chosen, **self._nodes()}
+        at, groups = {**self._chosen, **self._nodes()}, self._deployment().groups
         placed = [
-            PlacedHost(at[other], _needs(self._spec.hosts[group]))
+            PlacedHost(at[other], _needs(groups[group]))
             for other, group in others.items()
-            if other in at
+            if other in at and group in groups
         ]
         chosen = choose_node(nodes, placed, _needs(wanted), wanted.labels)
         if chosen is None:
@@ -211,6 +207,13 @@ def _places(first: Mapping[str, int]) -> dict[str, int]:
         places[name] = counts.setdefault(group, 0)
         counts[group] += 1
     return places
+
+
+def _threads(spec: Spec) -> int:
+    """Return each host's share of a node's cores, if hosts are spread evenly."""
+    nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
+    per_node = math.ceil(spec.num_hosts / nodes)
+    return max(1, (os.cpu_count() or 1) // per_node)
 
 
 def _needs(group: HostGroup) -> dict[str, float]:

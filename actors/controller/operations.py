@@ -12,7 +12,9 @@ from ray.exceptions import RayError
 
 from ...cluster.control.changes import Change, Marks
 from ...cluster.control.control import Control
-from ...cluster.control.operations import (
+from ...cluster.control.policy import moves_of
+from ...cluster.expert_keys import ExpertKey
+from ...cluster.planner.constraints import (
     check_expert,
     check_host,
     plan_report,
@@ -23,8 +25,6 @@ from ...cluster.control.operations import (
     without_drain,
     without_pin,
 )
-from ...cluster.control.policy import moves_of
-from ...cluster.expert_keys import ExpertKey
 from ...cluster.planner.plan import OperatorConstraints, Plan
 from ...cluster.reports.placing import ChangeReport, DrainPhase, DrainReport, PlanReport
 from ...cluster.spec.text import bytes_of

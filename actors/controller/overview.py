@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ...cluster.control.control import Control
-from ...cluster.control.operations import check_layer, check_model
 from ...cluster.control.status_views import HostCounters, HostRates, expert_views, hottest
 from ...cluster.control.watchdog import Vitals, Watchdog
 from ...cluster.expert_keys import FIRST_VERSION
@@ -18,6 +17,7 @@ from ...cluster.load.trace import LoadTotals
 from ...cluster.metrics.snapshot import MetricsSnapshot, ModelFigures, PathCounts
 from ...cluster.page_feed.timeline import SeenHost, Timeline
 from ...cluster.placement import ModelRef, ModelShape, PlacementId
+from ...cluster.planner.constraints import check_layer, check_model
 from ...cluster.reports.activity import Activity, ExpertReport, HostActivity, ModelActivity
 from ...cluster.reports.report import PlacementNumber
 from ...cluster.reports.status import (
@@ -153,8 +153,8 @@ class Overview:
                     experts=sum(shape.experts.values()),
                     asleep=name in control.idle_models.asleep,
                     missing_experts=sum(1 for key in missing if key.model == name),
-                    updated_experts=len(control.updated(name)),
-                    volatile_experts=len(control.volatile(name)),
+                    updated_experts=len(control.weights.updated(shape)),
+                    volatile_experts=len(control.weights.volatile(shape)),
                 )
                 for name, (ref, shape) in self.models.items()
             ],

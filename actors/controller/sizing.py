@@ -14,6 +14,7 @@ from ...cluster.control.control import Control
 from ...cluster.reports.scaling import ScalingReport, ScalingStatus
 from ...cluster.scaling.fleet import Fleet
 from ...cluster.scaling.scale_events import ScaleEvent
+from ...cluster.spec.deployment import Deployment
 from ...proto.errors import ClusterError
 from ..store.durable_state import store_asleep, store_constraints, store_fleet
 
@@ -87,6 +88,20 @@ class Sizing:
                 "`moesaic status` shows the hosts"
             )
         return self._fleet.scaling_report(scaling, self._control, self._clock())
+
+    @property
+    def used_groups(self) -> set[int]:
+        """The numbers of the host groups that have hosts."""
+        return self._fleet.used_groups
+
+    def follow(self, deployment: Deployment, who: str) -> None:
+        """Let the pool's size follow another spec."""
+        scale = deployment.spec.autoscale
+        self._fleet.autoscaler.policy, self._fleet.pending_s = scale.policy, scale.pending_s
+        groups = {number: group.fleet for number, group in deployment.groups.items()}
+        self._fleet.follow(self._control, groups, deployment.order, who=who, now=self._clock())
+        self._keep_fleet()
+        self._wake()
 
     def tick(self, now: float) -> list[str]:
         """Update the pool's size after a tick of the controller; return the removed hosts."""

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Collection, Mapping
 
 from ...cluster.control.control import Control
-from ...cluster.control.operations import check_model
 from ...cluster.expert_keys import FIRST_VERSION, ExpertVersion
 from ...cluster.placement import ModelRef, ModelShape, PlacementId
+from ...cluster.planner.constraints import check_model
 from ...cluster.reports.status import TrainingStatus
 from ...cluster.training.runs import RUN_LEASE_S, BegunTraining, Publication, TrainingNews
 from ...proto.errors import ClusterError

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ...cluster.control.control import Control
-from ...cluster.control.operations import check_expert, check_model
 from ...cluster.expert_keys import ExpertKey, ExpertVersion
 from ...cluster.placement import HostEntry, ModelRef, ModelShape, PlacementId
+from ...cluster.planner.constraints import check_expert, check_model
 from ...cluster.reports.report import PlacementNumber
 from ...cluster.reports.updates import WeightUpdateReport
 from ...cluster.update_folder import UpdateFolder
@@ -117,7 +117,9 @@ class WeightUpdating:
             )
         except ValueError as error:
             raise ClusterError(str(error)) from error
-        if lost := self._control.lost(update.weights):
+        # Before the first plan, some host may not have reported yet.
+        lost = self._control.weights.lost(update.weights) if self._control.settled else []
+        if lost:
             self._control.updates.abandon(update)
             raise ClusterError(
                 f"update {update.reverts} of {model} cannot be taken back: {lost[0]} is in no file "
@@ -199,13 +201,14 @@ class WeightUpdating:
                 f"takes more than {_RECORD_S:g} s; the update is served when that ends"
             ) from None
         placed = await self._published(update.versions)
+        shape = self._control.models[update.model]
         return WeightUpdateReport(
             model=update.model,
             number=update.number,
             experts=len(update.versions),
             initiator=update.who,
             reverts=update.reverts,
-            volatile=bool(set(update.weights) & set(self._control.volatile(update.model))),
+            volatile=bool(set(update.weights) & set(self._control.weights.volatile(shape))),
             placement=PlacementNumber(term=placed.term, epoch=placed.epoch),
         )
 

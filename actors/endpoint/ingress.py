@@ -65,8 +65,7 @@ GenerationRequest = CompletionRequest | ChatRequest
 def create_app(
     *,
     models: Mapping[str, ServedModel],
-    bodies: BodyLimits,
-    aliases: Mapping[str, Sequence[str]] | None = None,
+    bodies: BodyLimits | Bodies,
     cors_origins: Sequence[str] = (),
     guard: WebGuard | None = None,
     metrics: HttpMetrics | None = None,
@@ -76,9 +75,10 @@ def create_app(
 ) -> FastAPI:
     """Create the endpoint's app.
 
-    ``aliases`` has more names for each model; ``cors_origins``: see `EndpointSpec`. Without
-    ``guard`` every Host and Origin is allowed; without ``health`` all models count as ready.
-    ``metrics`` collects counts and latencies. The caller can drain the app through ``gate``.
+    ``models`` has each model under all of its names, and may change (`ModelNames`), like the limits
+    of `Bodies`. ``cors_origins``: see `EndpointSpec`. Without ``guard`` every Host and Origin is
+    allowed; without ``health`` all models count as ready. ``metrics`` collects counts and
+    latencies. The caller can drain the app through ``gate``.
     """
     # No documentation pages: they would load their scripts from other sites.
     app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -93,14 +93,9 @@ def create_app(
     app.add_middleware(TraceMiddleware, passes=is_probe)
     app.add_middleware(EdgeMiddleware, metrics=metrics, guard=guard or WebGuard(loopback=False))
     ready = {name: ModelHealth() for name in models}
-    add_health(app, health or Health(ready, aliases, leaving=lambda: gate.ending))
-    models = {
-        name: model
-        for own, model in models.items()
-        for name in (own, *(aliases or {}).get(own, ()))
-    }
+    add_health(app, health or Health(ready, leaving=lambda: gate.ending))
     _add_models(app, models)
-    held = Bodies(bodies)
+    held = bodies if isinstance(bodies, Bodies) else Bodies(bodies)
     _add_generation(app, models, metrics, held)
     add_embeddings(app, partial(_find, models), held)
     _add_errors(app)

@@ -25,7 +25,7 @@ from ...cluster.expert_keys import ExpertKey, ExpertVersion
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.fence import Fence
 from ...cluster.host.residency import HostLimits, LayerShape, Residency
-from ...cluster.placement import HostEntry
+from ...cluster.placement import HostEntry, ModelRef
 from ...cluster.routing.transports import TransportChoice, groups_of
 from ...cluster.training.orders import Answer, Order
 from ...proto.errors import Forbidden
@@ -214,6 +214,36 @@ class ExpertHost:
             self._models[ref.name] = placed
         self._keep_memory()
         self._note_change()
+
+    def forget_model(self, ref: ModelRef, term: int = 0) -> None:
+        """Forget a model with all its experts, unless it is another one of this name by now.
+
+        Raises Superseded for an old controller.
+        """
+        with self._load_lock:
+            if self._models.get(ref.name, (None,))[0] != ref:
+                return
+            held = [
+                ExpertVersion(key.expert(expert), version)
+                for key, experts in self._residency.holdings().items()
+                if key.model == ref.name
+                for expert, versions in experts.items()
+                for version in versions
+            ]
+
+            def forget() -> None:
+                with self._fence_lock:
+                    self._fence.obey(term)
+                    self._loop.release(held)
+
+            self._loop.call(forget)
+            self._store.remove_model(ref.name)
+            del self._models[ref.name]
+            if self._kept is not None:
+                self._kept.forget(ref.name)
+        self._note_change()
+        log.info("host %s has forgotten model %s", self.name, ref.name, extra={"host": self.name})
+        return_freed_memory()
 
     def release(self, gone: Sequence[ExpertVersion], term: int = 0, eviction: int = 1) -> None:
         """Stop serving experts, refuse queued calls for them and free their memory.

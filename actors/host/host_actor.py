@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...cluster.expert_keys import ExpertVersion
     from ...cluster.host.emulation import Emulation
     from ...cluster.host.residency import HostLimits
-    from ...cluster.placement import HostEntry
+    from ...cluster.placement import HostEntry, ModelRef
     from ...cluster.routing.transports import TransportChoice
     from ...cluster.training.orders import Answer, Order
     from .report import HostReport, PlacedModel, Revision
@@ -92,6 +92,9 @@ class RayExpertHost:
         term: int = 0,
     ) -> None:
         self._host.load(models, wanted, peers, term=term)
+
+    def forget_model(self, ref: ModelRef, term: int) -> None:
+        self._host.forget_model(ref, term)
 
     def add_models(self, models: Sequence[PlacedModel]) -> None:
         self._host.add_models(models)

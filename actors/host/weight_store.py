@@ -181,6 +181,15 @@ class ExpertStore:
             if known is not None:
                 known.memory.close()
 
+    def remove_model(self, name: str) -> None:
+        """Forget a model and free its memory; call it when the loop has released its experts."""
+        with self._adding:
+            with self._lock:
+                model = self._models.pop(name, None)
+                self._forms = {key: one for key, one in self._forms.items() if key.model != name}
+            if model is not None:
+                model.memory.close()
+
     def adopt(
         self, ref: ModelRef, about: Mapping[str, Any], left: LeftMemory
     ) -> dict[ExpertVersion, LayerShape]:

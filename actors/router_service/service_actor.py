@@ -18,13 +18,21 @@ from ...cluster.reports.status import (
     RouterServiceState,
     RouterServiceStatus,
 )
+from ...cluster.spec.deployment import Deployment
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, describe_error
 from ..runtime.garbage import starting_without_collections
 from ..runtime.log_settings import log_environment
 from ..runtime.ports import free_port
 from ..runtime.process_log import begin_process
-from ..runtime.ray_border import cluster_of, controller_of, ray_get, thread_environment
+from ..runtime.ray_border import (
+    cluster_of,
+    controller_of,
+    named_actors,
+    namespace_of,
+    ray_get,
+    thread_environment,
+)
 from ..store.start_failures import recording_failure
 from ..tracing.start import trace_if_wanted
 
@@ -123,8 +131,30 @@ def service_address(spec: Spec) -> str | None:
     return f"{spec.router.host}:{spec.router.port or free_port(spec.router.host)}"
 
 
+def service_part(deployment: Deployment) -> object:
+    """Return what the service takes over when it starts; for more, there has to be another one."""
+    spec = deployment.spec
+    return spec.router, spec.router_policy, spec.network.transport, spec.lends
+
+
+def restart_router_service(deployment: Deployment) -> None:
+    """Replace the service, or end it where the deployment has none. Raises ClusterError."""
+    namespace = namespace_of(deployment.spec.name)
+    try:
+        ray.kill(ray.get_actor(NAME, namespace=namespace), no_restart=True)
+    except ValueError:
+        log.info("there was no router service")
+    if deployment.router is not None:
+        deadline = time.monotonic() + BIND_S
+        while NAME in named_actors(namespace):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the router service did not end within {BIND_S:g} s")
+            time.sleep(LOOK_S / 10)
+        start_router_service(deployment.spec, namespace, deployment.router)
+
+
 def start_router_service(spec: Spec, namespace: str, address: str) -> None:
-    """Start the service, and wait until it answers. Raises ClusterError."""
+    """Start the service on this node, and wait until it answers. Raises ClusterError."""
     threads = 1 if spec.router is None else max(1, spec.router.threads)
     actor: Any = (
         ray.remote(RayRouterService)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import ray
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
+from ray._private.utils import read_ray_address
 from ray.core.generated import gcs_service_pb2
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
@@ -37,17 +40,43 @@ def join(
     try:
         close_token()
         _show_token()
-        where = _find(address)
-        check_reachable(where)
-        _check_answer(where)
-        need_token(where, insecure=insecure)
-        init(address=address, **options)
+        with _as_it_is(address):
+            where = _find(address)
+            check_reachable(where)
+            _check_answer(where)
+            need_token(where, insecure=insecure)
+            init(address=address, **options)
     except ClusterError as error:
         raise ClusterError(f"ray.address: {address}: {error}") from error.__cause__
     except Exception as error:
         # Ray raises errors of many types here.
         words = " ".join(str(error).split()) or type(error).__name__
         raise ClusterError(f"ray.address: {address}: {words}") from error
+
+
+@contextmanager
+def _as_it_is(address: str) -> Iterator[None]:
+    """Let Ray use a loopback address as it is, also if Ray was imported before `up`.
+
+    It would replace it by the machine's own address, unless a variable says otherwise that Ray
+    reads when it is imported (`session.stay_on_loopback`).
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    if address.startswith(("127.", "[::1]", "localhost:")):
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def ray_is_here() -> bool:
+    """Return whether this process has joined a Ray, or is told of one: by `ray start`, or so.
+
+    The Ray may have ended meanwhile.
+    """
+    told = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    return ray.is_initialized() or bool(told)
 
 
 def _show_token() -> None:

@@ -40,11 +40,11 @@ class IngressDrain:
         self._ingress: Any = serve.get_app_handle(app)
 
     def drain(self, drain_s: float) -> int:
-        """Return how many requests run; see `serve_app.Ingress.drain`."""
+        """Return how many requests run; see `Ingress.drain`."""
         return self._ingress.drain.remote(drain_s).result(timeout_s=_ANSWER_S)
 
     def running(self) -> int:
-        """Return how many requests run; see `serve_app.Ingress.running`."""
+        """Return how many requests run; see `Ingress.running`."""
         return self._ingress.running.remote().result(timeout_s=_ANSWER_S)
 
 

@@ -13,35 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ...cluster.placement import ModelRef
-from ...cluster.spec.deployment import Deployment
-from ...cluster.spec.spec import ModelSpec, Spec
-from ...models.source import resolve_model
-from ...proto.errors import ClusterError, MoesaicError, describe_error
-from ..controller.controller import Controller
-from ..preflight.check_updates import update_path
-from ..preflight.findings import raise_errors
-from ..preflight.preflight import Preflight, bounds_of, preflight, shape_of
+from ...cluster.spec.spec import Spec
+from ...proto.errors import ClusterError, MoesaicError
 from ..router_service.service_actor import service_address, start_router_service
 from ..runtime.embedded_ray import EmbeddedRay
-from ..runtime.log_settings import log_runtime_env, log_settings
-from ..runtime.placement_groups import reserve
-from ..runtime.ray_border import CONTROLLER, cluster_of, namespace_of, ray_get, start_ray
-from ..store.cluster_secret import make_secret
-from ..store.durable_state import claim, forget_last, store_deployment
+from ..runtime.log_settings import log_settings
+from ..runtime.ray_border import cluster_of, namespace_of, ray_get, start_ray
 from ..store.start_failures import describe_failures, log_of, start_failures
-from ..tracing.start import store_traces
-from .deploy import deploy_endpoint, wait_endpoint
-from .end_at_once import begins
-from .ending import end_cluster, end_leftovers, end_own_ray
-from .serve_border import find_address, find_monitoring
+from .beginning import Progress, begin, check_name, first_deployment, prepare
+from .deploy import deploy_endpoint, place_endpoint, wait_endpoint
+from .ending import end_cluster, end_own_ray
+from .serve_border import find_address
 
 log = logging.getLogger(__name__)
 
-# (step, how many are done, of how many)
-Progress = Callable[[str, int, int], None]
 LOOK_S = 0.1
 
 
@@ -83,18 +69,8 @@ def launch(
     started.
     """
     log_settings()  # every process reads them, and a wrong value would keep it from starting
-    checked = _check(spec, progress, warn)
-    refs, shapes = {}, {}
-    for model in spec.models:
-        folder, described = checked.folders[model.name], checked.described[model.name]
-        refs[model.name] = ModelRef(
-            name=model.name,
-            dtype=model.dtype,
-            path=str(folder),
-            updates=_update_folder(model),
-            learns=model.train,
-        )
-        shapes[model.name] = shape_of(model, described)
+    local = spec.ray.address == "local" and not ray.is_initialized()
+    models = prepare(spec, progress, warn, local=local)
     log.info("cluster %s starts", spec.name)
     progress("starting Ray", 0, 1)
 
@@ -107,37 +83,29 @@ def launch(
     namespace = namespace_of(spec.name)
     launched = Launched(namespace, own_ray, router=service_address(spec))
     begun = False  # the namespace is this cluster's
+
+    def has_begun() -> None:
+        nonlocal begun
+        begun = True
+
     try:
         check_name(spec)
         noting.on_ray(own_ray)
-        if spec.endpoint is not None and refs:
-            find_address(spec)
-            find_monitoring(spec)
-        claim(namespace, spec.timeouts.start_s)
-        begins(namespace)
-        begun = True
-        end_leftovers(namespace)
-        forget_last(namespace)
-        make_secret(namespace, router_key)
-        store_traces(namespace, spec.traces.settings)
-        models = [(refs[name], shapes[name]) for name in refs]
-        deployment = Deployment(
-            id=noting.cluster_id, spec=spec, models=models, router=launched.router
-        )
-        controller = _start(namespace, deployment)
-        deployed = None
-        if spec.endpoint is not None and refs:
-            deployed = deploy_endpoint(
-                spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
-            )
-        _wait_loaded(spec, namespace, controller, progress)
+        place = find_address(spec) if spec.endpoint is not None and models else None
+        endpoint = None if place is None else place_endpoint(spec, place)
+        deployment = first_deployment(noting.cluster_id, spec, models, endpoint, launched.router)
+        controller = begin(deployment, router_key, has_begun)
+        if place is not None:
+            deploy_endpoint(deployment, place)
+        wait_loaded(spec, namespace, controller, progress)
         if launched.router is not None:
             progress("starting the router service", 0, 1)
             start_router_service(spec, namespace, launched.router)
             progress("starting the router service", 1, 1)
-        if deployed is not None:
+        if deployment.endpoint is not None:
             progress("starting the endpoint", 0, 1)
-            launched.url, launched.monitoring = wait_endpoint(spec, deployed, refs)
+            launched.monitoring = wait_endpoint(deployment)
+            launched.url = deployment.endpoint.url
             progress("starting the endpoint", 1, 1)
         log.info(
             "cluster %s is up",
@@ -172,73 +140,7 @@ def launch(
     return launched
 
 
-def _check(spec: Spec, progress: Progress, warn: Callable[[str], None]) -> Preflight:
-    """Check the spec before anything is downloaded, and again when all models are local.
-
-    Raises one error that lists every problem that keeps the cluster from starting.
-    """
-    local = spec.ray.address == "local" and not ray.is_initialized()
-    checked = preflight(spec, local=local)
-    raise_errors(checked.findings)
-    absent = [model for model in spec.models if model.name not in checked.folders]
-    for model in absent:
-        resolve_model(model.path, progress=progress)
-    if absent:
-        checked = preflight(spec, local=local)
-        raise_errors(checked.findings)
-    for finding in checked.findings:
-        warn(f"{finding.severity}: {finding}")
-    for card in checked.cards:
-        log.info("%s", card)
-    return checked
-
-
-def _update_folder(model: ModelSpec) -> str | None:
-    """Return the folder of a model's updates, after making it. Raises ClusterError."""
-    if model.updates is None:
-        return None
-    folder = update_path(model.updates)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ClusterError(f"updates: {folder} cannot be made: {describe_error(error)}") from error
-    return str(folder)
-
-
-def check_name(spec: Spec) -> None:
-    """Raise ClusterError if a cluster of the same name runs on this Ray."""
-    with contextlib.suppress(ValueError):
-        ray.get_actor(CONTROLLER, namespace=namespace_of(spec.name))
-        raise ClusterError(
-            f"name: a cluster {spec.name!r} is running; `moesaic down --name {spec.name}` ends it"
-        )
-
-
-def _start(namespace: str, deployment: Deployment) -> Any:
-    """Reserve what hosts need, store what the cluster is to be, and start its controller."""
-    spec = deployment.spec
-    for number, group in enumerate(spec.hosts):
-        reserve(namespace, number, group, spec.timeouts.start_s)
-    store_deployment(namespace, deployment)
-    return (
-        ray.remote(Controller)
-        .options(
-            name=CONTROLLER,
-            namespace=namespace,
-            lifetime="detached",
-            max_restarts=-1,
-            num_cpus=0,
-            **log_runtime_env(),
-            # On this node, so that losing a node of hosts does not end the controller.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=True
-            ),
-        )
-        .remote(namespace)
-    )
-
-
-def _wait_loaded(spec: Spec, namespace: str, controller: Any, progress: Progress) -> None:
+def wait_loaded(spec: Spec, namespace: str, controller: Any, progress: Progress) -> None:
     """Wait until all hosts are up and hold their experts. Raises ClusterError."""
     start_s = spec.timeouts.start_s
     deadline = time.monotonic() + start_s

@@ -39,6 +39,7 @@ from ..runtime.ray_border import (
     namespace_of,
     ray_get,
 )
+from .replica.names import app_namespace
 
 log = logging.getLogger(__name__)
 
@@ -78,24 +79,26 @@ class ServeState:
     http: HTTPOptions
     location: ProxyLocation | None
     routes: dict[str, str | None]  # application -> path prefix; None: not reachable over HTTP
+    declared: frozenset[str] = frozenset()  # applications of `serve deploy`
 
     @property
     def applications(self) -> str:
         return ", ".join(sorted(self.routes)) or "none"
 
+    def of(self, namespace: str) -> list[str]:
+        """Return the applications of a cluster, its ingress first."""
+        return sorted(app for app in self.routes if app_namespace(app) == namespace)
+
 
 def app_name(spec: Spec) -> str:
-    """Return the name of the cluster's Serve application.
-
-    Trunks and ingress read the cluster's name in it.
-    """
+    """Return the name of the Serve application of the cluster's ingress."""
     return namespace_of(spec.name)
 
 
 def serves(cluster: str) -> bool:
     """Return whether the cluster has an application on Serve."""
     running = find_serve()
-    return running is not None and namespace_of(cluster) in running.routes
+    return running is not None and bool(running.of(namespace_of(cluster)))
 
 
 def find_address(spec: Spec) -> ServeAddress:
@@ -123,6 +126,14 @@ def find_address(spec: Spec) -> ServeAddress:
         )
     assert running.http.host is not None
     return ServeAddress(running.http.host, running.http.port, prefix, serve_runs=True)
+
+
+def serve_address() -> ServeAddress:
+    """Return where the Serve that runs on this Ray listens. Raises ClusterError."""
+    running = find_serve()
+    if running is None or running.location == ProxyLocation.Disabled or not running.http.host:
+        raise ClusterError("Ray Serve serves no HTTP here; set proxy_location and http_options")
+    return ServeAddress(running.http.host, running.http.port, serve_runs=True)
 
 
 def find_monitoring(spec: Spec) -> ServeAddress | None:
@@ -157,7 +168,7 @@ def start_serve(place: ServeAddress, name: str) -> None:
 
 
 def leave_serve(cluster: str, *, patience_s: float = LEAVE_S) -> None:
-    """End the cluster's application, and Serve itself where nothing needs it any more.
+    """End the cluster's applications, and Serve itself where nothing needs it any more.
 
     Serve ends if it has no other application and was started by this cluster, or by one that is
     gone. Replicas that have not ended within ``patience_s`` are killed.
@@ -165,41 +176,47 @@ def leave_serve(cluster: str, *, patience_s: float = LEAVE_S) -> None:
     running = find_serve()
     if running is None:
         return
-    if namespace_of(cluster) in running.routes:
-        _end_app(namespace_of(cluster), patience_s)
+    end_apps(running.of(namespace_of(cluster)), patience_s)
     _end_idle_serve(leaving=cluster)
 
 
-def _end_app(app: str, patience_s: float = LEAVE_S) -> None:
-    serve.delete(app, _blocking=False)
+def end_apps(apps: Collection[str], patience_s: float = LEAVE_S) -> None:
+    """End applications; replicas that have not ended within ``patience_s`` are killed.
+
+    Raises ClusterError.
+    """
+    for app in apps:
+        serve.delete(app, _blocking=False)
     patient_until = time.monotonic() + patience_s
     deadline = patient_until + END_S
-    while (running := find_serve()) is not None and app in running.routes:
+    while (running := find_serve()) is not None:
+        left = sorted(running.routes.keys() & set(apps))
+        if not left:
+            return
         now = time.monotonic()
         if now > deadline:
             raise ClusterError(
-                f"the application {app!r} of Ray Serve did not end within {END_S:g} s; `serve "
+                f"the application {left[0]!r} of Ray Serve did not end within {END_S:g} s; `serve "
                 "status` shows its state"
             )
         if now > patient_until:
             # Serve does not replace these replicas, since their application is being deleted.
-            kill_named(SERVE_NAMESPACE, f"{_REPLICA}{app}#")
+            for app in left:
+                kill_named(SERVE_NAMESPACE, f"{_REPLICA}{app}#")
         time.sleep(_LOOK_S)
 
 
-def wait_monitored(
-    place: ServeAddress, models: Collection[str], timeout_s: float = ANSWER_S
-) -> None:
+def wait_monitored(url: str, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
     """Wait until ``/status`` has these models; raise ClusterError where it does not in time.
 
-    Call it only where this machine can reach ``place``.
+    Call it only where this machine can reach ``url``.
     """
     deadline = time.monotonic() + timeout_s
     with httpx.Client(trust_env=False, timeout=10.0) as client:
-        while (found := _monitored(client, f"{place.url}/status", models)) is not None:
+        while (found := _monitored(client, f"{url}/status", models)) is not None:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"monitoring: {place.url} does not answer within {timeout_s:g} s: {found}; "
+                    f"monitoring: {url} does not answer within {timeout_s:g} s: {found}; "
                     "if another program uses this port, set monitoring.port to another one"
                 )
             time.sleep(_LOOK_S)
@@ -220,15 +237,15 @@ def _monitored(client: httpx.Client, url: str, models: Collection[str]) -> str |
     return f"it has the models {sorted(known)}" if missing else None
 
 
-def wait_answers(place: ServeAddress, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
+def wait_answers(url: str, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
     """Wait until the endpoint lists these models; raise ClusterError where it does not in time."""
     deadline = time.monotonic() + timeout_s
     # trust_env=False: a proxy of the network must not answer in place of this machine.
     with httpx.Client(trust_env=False, timeout=5.0) as client:
-        while (found := _asked(client, f"{place.url}/v1/models", models)) is not None:
+        while (found := _asked(client, f"{url}/v1/models", models)) is not None:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"endpoint: {place.url} does not answer for {', '.join(models)} within "
+                    f"endpoint: {url} does not answer for {', '.join(models)} within "
                     f"{timeout_s:g} s: {found}"
                 )
             time.sleep(_LOOK_S)
@@ -263,6 +280,11 @@ def find_serve() -> ServeState | None:
             name: application.get("route_prefix")
             for name, application in details["applications"].items()
         },
+        declared=frozenset(
+            name
+            for name, application in details["applications"].items()
+            if application.get("deployed_app_config")
+        ),
     )
 
 
@@ -361,6 +383,11 @@ def _this_node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
+def head_node() -> str:
+    """Return the id of Ray's head node. Raises ClusterError."""
+    return _head()["NodeID"]
+
+
 def head_address() -> str:
     return _head()["NodeManagerAddress"]
 
@@ -370,10 +397,11 @@ def _end_orphans() -> None:
     running = find_serve()
     if running is None:
         return
-    for app in running.routes:
-        if cluster_of(app) != app and not _has_controller(app):
-            log.warning("cluster %s has no controller; ending its applications", cluster_of(app))
-            _end_app(app)
+    for namespace in sorted({app_namespace(app) for app in running.routes}):
+        name = cluster_of(namespace)
+        if name != namespace and not _has_controller(namespace):
+            log.warning("cluster %s has no controller; ending its applications", name)
+            end_apps(running.of(namespace))
     _end_idle_serve()
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ...cluster.control.operations import (
+from ...cluster.expert_keys import ExpertKey
+from ...cluster.planner.constraints import (
     with_drain,
     with_min_replicas,
     with_pin,
     without_drain,
     without_pin,
 )
-from ...cluster.expert_keys import ExpertKey
 from ...cluster.planner.plan import OperatorConstraints
 from .clock import SimProcess
 from .network import NetworkFaults

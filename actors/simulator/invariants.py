@@ -185,7 +185,7 @@ class Invariants:
 
     def sized_within(self, fact: Sized) -> str:
         fleet = fact.controller.sizing.fleet
-        for index, group in enumerate(fleet.groups):
+        for index, group in fleet.groups.items():
             count = len(fleet.staying(index))
             there = sum(of == index for of in fleet.desired().values())
             if not 1 <= count <= there <= group.max_count:

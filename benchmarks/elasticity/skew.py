@@ -35,7 +35,7 @@ from benchmarks.random_model import EXPERT_BYTES, HIDDEN, save_random_model
 from benchmarks.traffic import MODEL, Drivers, Steps, Traffic, driving, exponent_for
 from moesaic.actors.controller.controller import Controller
 from moesaic.actors.runtime.ray_border import controller_of, namespace_of, ray_get
-from moesaic.actors.serve import launch
+from moesaic.actors.serve import beginning
 from moesaic.cluster.load.meter import LoadReport
 from moesaic.handle import Cluster
 
@@ -87,12 +87,12 @@ def pool(folder: Path, setting: Setting, way: str) -> Iterator[Cluster]:
             "load_mb_per_s": EXPERT_BYTES / expert_s / 1e6,
         },
     }
-    launch.Controller = EplbController if way == "DeepSeek's rule" else Controller
+    beginning.Controller = EplbController if way == "DeepSeek's rule" else Controller
     try:
         with moesaic.up(spec) as cluster:
             yield cluster
     finally:
-        launch.Controller = Controller
+        beginning.Controller = Controller
 
 
 def run(

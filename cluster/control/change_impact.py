@@ -84,8 +84,7 @@ class ImpactMeter:
     """Watches the last change, and sets its effect."""
 
     def __init__(self, window_s: float, fan_out: float = 0.0) -> None:
-        self._window_s = max(window_s, _LEAST_S)
-        self._fan_out = fan_out
+        self.follow(window_s, fan_out)
         self._older: _Reading | None = None
         self._newer: _Reading | None = None
         self._seen: Change | None = None
@@ -95,6 +94,11 @@ class ImpactMeter:
         self._before: dict[str, float] = {}
         self._ended: _Reading | None = None
         self._brought: Placement | None = None
+
+    def follow(self, window_s: float, fan_out: float) -> None:
+        """Measure like this from now on."""
+        self._window_s = max(window_s, _LEAST_S)
+        self._fan_out = fan_out
 
     def tick(
         self,

@@ -18,17 +18,18 @@ shell around it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
+from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
 from ..load.meter import HostPath, LoadReport
 from ..load.tracker import LoadTracker
 from ..placement import LayerPlacement, ModelShape, Placement, PlacementId, every_expert
 from ..planner.capacity import with_default_slots
 from ..planner.plan import OperatorConstraints, Plan, PoolHost
 from ..training.runs import TrainingRuns
+from ..weight_safety import WeightSafety
 from ..weight_updates import WeightUpdates
 from .change_impact import ImpactMeter
 from .changes import Change, ChangeHistory
@@ -66,15 +67,17 @@ class Control:
             retry_s=self.policy.retry_s,
         )
         self.updates = WeightUpdates(self.view, self.loader.saved)
+        self.weights = WeightSafety(self.view, self.loader.is_on_disk, self.loader.saved)
         self.training = TrainingRuns(self.view, self.updates)
         self.loads = LoadTracker()
         self.paths: dict[str, tuple[HostPath, ...]] = {}  # of each live router
         self.changes = ChangeHistory()
         self.impact_meter = ImpactMeter(self.policy.every_s, self.policy.balance.consolidate_below)
-        self._target = Target()
-        self.members = Membership(self.view, self.publisher, self.loader, self._target)
+        self.target = Target()
+        self.members = Membership(self.view, self.publisher, self.loader, self.target)
         self.models: dict[str, ModelShape] = {}
         self.idle_models = IdleModels()
+        self.removed: set[str] = set()  # models whose experts may still be on hosts
         self._parts: dict[str, float] = {}
         self._parts_for: object = None
         self._asked: MakePlan | None = None
@@ -84,12 +87,15 @@ class Control:
         self._planned_windows = 0
         self.planned_at: float | None = None  # when the planner was last asked
         self._now: float | None = None
-        self._rebalance_timer = RebalanceTimer(self.policy.every_s)
+        self.rebalance_timer = RebalanceTimer(self.policy.every_s)
 
     # ---- input ----------------------------------------------------------------------------------
 
-    def add_model(self, shape: ModelShape, *, on_disk: bool) -> None:
-        """Serve a model from now on. Raises ValueError if it cannot be placed."""
+    def add_model(self, shape: ModelShape, *, on_disk: bool, fits: bool = False) -> None:
+        """Serve a model from now on. Raises ValueError if it cannot be placed.
+
+        With ``fits`` there is or will be room for it: hosts for it may still be starting.
+        """
         if not 1 <= shape.replicas <= len(self.view.hosts):
             raise ValueError(
                 f"models.{shape.model}.replicas: {shape.replicas} replicas of an expert need as "
@@ -98,7 +104,8 @@ class Control:
             )
         before = dict(self.models)
         self.models[shape.model] = shape
-        if self.settled and self._now is not None:
+        self.removed.discard(shape.model)
+        if self.settled and self._now is not None and not fits:
             found = self.plan_for(self._now, budget=0).run()
             lacking = [key for key in found.unplaced if key.model == shape.model]
             if lacking:
@@ -110,6 +117,10 @@ class Control:
             self._adopt(found, self._now)
         if on_disk:
             self.loader.on_disk.add(shape.model)
+
+    def replan(self) -> None:
+        """Let the next tick make a plan, because hosts or the policy are others now."""
+        self._planned_for = None
 
     def hear(self, report: LoadReport, now: float) -> None:
         """Take note of a router's report: what it counted, and which placement it follows."""
@@ -134,8 +145,8 @@ class Control:
         """
         for key in self.loader.failed(host, weights, now):
             if self.view.holders(key):
-                self._target.give_up(key, host, self.view.holders(key))
-                self._rebalance_timer.pause(now)
+                self.target.give_up(key, host, self.view.holders(key))
+                self.rebalance_timer.pause(now)
                 self.changes.failed(f"{key} on {host}: {error}", now)
 
     # ---- for later controllers ------------------------------------------------------------------
@@ -162,7 +173,7 @@ class Control:
     @property
     def settled(self) -> bool:
         """Whether hosts have reported and a first plan was made."""
-        return self._target.layers is not None
+        return self.target.layers is not None
 
     @property
     def constraints(self) -> OperatorConstraints:
@@ -177,16 +188,16 @@ class Control:
     @property
     def unplaced(self) -> tuple[ExpertKey, ...]:
         """Experts for which no host had room in the last plan."""
-        return self._target.unplaced
+        return self.target.unplaced
 
     @property
     def state(self) -> object:
         """A value that changes with the hosts seen, what they hold, the target and the models."""
-        return self.view.version, self._target.version, tuple(self.models.values())
+        return self.view.version, self.target.version, tuple(self.models.values())
 
     def wanted(self, host: str) -> list[ExpertKey]:
         """Return the experts that the target places on a host."""
-        return self._target.wanted(host)
+        return self.target.wanted(host)
 
     def missing(self) -> dict[ExpertKey, str]:
         """Return the experts that no host holds now, and why."""
@@ -194,33 +205,12 @@ class Control:
         missing = [key for key in every_expert(self._awake()) if key not in held]
         return {key: self.loader.why_missing(self.view.versions.served(key)) for key in missing}
 
-    def lost(self, weights: Iterable[ExpertVersion]) -> list[ExpertVersion]:
-        """Return those of ``weights`` that are in no file and on no host any more."""
-        if not self.settled:
-            return []  # some host may not have reported yet
-        on_disk, holders = self.loader.is_on_disk, self.view.holders
-        return [one for one in weights if not on_disk(one) and not holders(*one)]
-
-    def _is_lost(self, key: ExpertKey) -> bool:
-        """Return whether an expert has weights that it was given later, and these are lost."""
-        served = self.view.versions.served(key)
-        return served.version != FIRST_VERSION and bool(self.lost([served]))
-
-    def updated(self, model: str) -> list[ExpertVersion]:
-        """Return what is served of a model's experts that have other weights than at first."""
-        served = map(self.view.versions.served, every_expert([self.models[model]]))
-        return [one for one in served if one.version != FIRST_VERSION]
-
-    def volatile(self, model: str) -> list[ExpertVersion]:
-        """Return those of the updated ones that no file has."""
-        return [one for one in self.updated(model) if one not in self.loader.saved]
-
     def _saved_models(self) -> set[str]:
         """Return those that may sleep whose weights are all in files and stay as they are."""
         run, updating = self.training.alive, {key.model for key in self.updates.arriving()}
         steady = self.loader.on_disk - updating - ({run.model} if run is not None else set())
-        may = [shape.model for shape in self.models.values() if shape.idle_s is not None]
-        return {name for name in may if name in steady and not self.volatile(name)}
+        may = [one for one in self.models.values() if one.idle_s and one.model in steady]
+        return {shape.model for shape in may if not self.weights.volatile(shape)}
 
     def is_free(self, host: str, now: float) -> bool:
         """Return whether a retired host holds nothing, gets nothing, and no router uses it."""
@@ -312,7 +302,7 @@ class Control:
         )
         # Step 2: ask for a plan if the last one is outdated, or if the balance is due for a check.
         commands: list[ControlCommand] = self._replan(now)
-        target = self._target.layers
+        target = self.target.layers
         if target is None:
             target = self._held_placement()
         # Step 3: let idle hosts load what they lack.
@@ -333,7 +323,9 @@ class Control:
             commands += [load] if load is not None else []
         # Step 4: publish what is ready, if that has changed.
         if self.state != self._published_for:
-            placement = self.publisher.publish(target, self.models, self._is_lost)
+            # Before the first plan, some host may not have reported yet.
+            lost = self.weights.is_lost if self.settled else lambda _: False
+            placement = self.publisher.publish(target, self.models, lost)
             commands += [Publish(placement=placement)] if placement is not None else []
             self._published_for = self.state
             self.at_target = not self.pending()
@@ -342,7 +334,7 @@ class Control:
             evictable = self.publisher.evictable(
                 target,
                 now,
-                self.idle_models.asleep,
+                self.idle_models.asleep | self.removed,
                 lambda one: arriving.get(one.key) == one.version or self.training.is_arriving(one),
             )
             for host in [host for host in idle if host in evictable]:
@@ -374,9 +366,9 @@ class Control:
         elif (
             self.policy.auto
             and self.at_target
-            and self._rebalance_timer.is_due(now, self.loads.shifted_at)
+            and self.rebalance_timer.is_due(now, self.loads.shifted_at)
         ):
-            self._rebalance_timer.note_check(now)
+            self.rebalance_timer.note_check(now)
             # Without new load since the last plan, the planner would find the same again.
             if self.loads.windows != self._planned_windows:
                 self._planned_windows = self.loads.windows
@@ -399,7 +391,7 @@ class Control:
 
     def fits(self, asked: MakePlan, now: float) -> bool:
         """Return whether nothing has changed that a plan was made for, except the load."""
-        return (asked.key, asked.version) == (self._key(now), self._target.version)
+        return (asked.key, asked.version) == (self._key(now), self.target.version)
 
     def plan_for_all(self, now: float) -> MakePlan:
         """Make the command for a plan that meets all requirements and fills new hosts only.
@@ -435,7 +427,7 @@ class Control:
             # One idle host among many lowers the balancedness by only 1 / hosts, which the usual
             # aim tolerates. A quarter of that makes the planner fill it.
             even = max(policy.target, 1 - 0.25 / len(hosts))
-            part = math.ceil(self._target.replicas() / len(hosts)) * fill
+            part = math.ceil(self.target.replicas() / len(hosts)) * fill
             policy = replace(
                 policy, budget=part, rebalance_below=even, target=even, horizon_s=_FOR_GOOD_S
             )
@@ -446,34 +438,35 @@ class Control:
                 for host in with_speed_factors(hosts, self.speed_factors())
             ],
             current=self._held_placement()
-            if self._target.layers is None
-            else dict(self._target.layers),
+            if self.target.layers is None
+            else dict(self.target.layers),
             loads=self.loads.forecast(),
             policy=policy,
             constraints=replace(self.constraints, leaving=self.members.leaving),
             key=self._key(now),
-            version=self._target.version,
+            version=self.target.version,
             balance=budget is None,
         )
 
     def apply(self, found: Plan, now: float, *, who: str, why: str) -> Change:
         """Make a plan the target, and record it as a change."""
-        change = self.changes.begin(found, self._target.layers or {}, now, who=who, why=why)
+        change = self.changes.begin(found, self.target.layers or {}, now, who=who, why=why)
         self._adopt(found, now)
         return change
 
     def roll_back(self, change: Change, now: float) -> None:
         """Return to the target from before a change; the next tick plans what no longer fits."""
-        self._target.set_layers(dict(change.layers_before))
+        before = change.layers_before.items()  # perhaps with models that were removed since
+        self.target.set_layers({key: layer for key, layer in before if key.model in self.models})
         self._planned_for = None
-        self._rebalance_timer.pause(now)
+        self.rebalance_timer.pause(now)
         self.changes.rolled_back(change, now)
 
     def _adopt(self, found: Plan, now: float) -> None:
         # The key depends on what hosts have yet to load, so it is taken before the target changes.
         self._planned_for = self._key(now)
-        self._target.set_layers(dict(found.layers))
-        self._target.unplaced = found.unplaced
+        self.target.set_layers(dict(found.layers))
+        self.target.unplaced = found.unplaced
         self.loader.reset()
 
     def _key(self, now: float) -> object:
@@ -493,7 +486,7 @@ class Control:
         return self.idle_models.awake(self.models.values())
 
     def _budget(self) -> int:
-        return self.policy.moves(self._target.replicas(), self._awake())
+        return self.policy.moves(self.target.replicas(), self._awake())
 
     def _held_placement(self) -> dict[LayerKey, LayerPlacement]:
         """Return what hosts hold, from which a new controller begins."""

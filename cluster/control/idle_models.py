@@ -27,6 +27,11 @@ class IdleModels:
         """Let models sleep that did so under the controller before this one."""
         self._asleep.update(models)
 
+    def forget(self, model: str) -> None:
+        """Forget a model that is not served any more."""
+        self._asleep.discard(model)
+        self._asked_at.pop(model, None)
+
     def hear(self, report: LoadReport, now: float) -> None:
         """Wake the models for which a router has counted load or waits for experts."""
         asked = {key.model for key, counts in report.counts.items() if counts.any()}

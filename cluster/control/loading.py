@@ -40,11 +40,15 @@ class Loader:
         self.saved: set[ExpertVersion] = set()  # later versions that hosts can read from a file
         self.slots: dict[str, int] = {}
         self._view = view
+        self.follow(bytes_per_s, batch_bytes, retry_s)
+        self._not_before: dict[str, float] = {}
+        self._failures: dict[ExpertKey, int] = {}
+
+    def follow(self, bytes_per_s: float, batch_bytes: int, retry_s: float) -> None:
+        """Bound loads like this from now on."""
         self._bytes_per_s = bytes_per_s
         self._batch_bytes = min(batch_bytes, bytes_per_s * _BATCH_S)
         self._retry_s = retry_s
-        self._not_before: dict[str, float] = {}
-        self._failures: dict[ExpertKey, int] = {}
 
     def reset(self) -> None:
         """Forget all failures, because there is a new target."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..placement import ModelShape
+from ..planner.constraints import without_host
 from ..planner.plan import OperatorConstraints, PoolHost
 from ..training.runs import LivingRun
 from .loading import Loader
-from .operations import without_host
 from .pool_view import PoolView
 from .publishing import Publisher
 from .target import Target

@@ -50,13 +50,13 @@ class RebalanceTimer:
     """When the balancer looks: periodically, soon after a shift, late after a failure."""
 
     def __init__(self, every_s: float) -> None:
-        self._every_s = every_s
+        self.every_s = every_s
         self._looked_at: float | None = None
         self._rests_until = 0.0
 
     def pause(self, now: float) -> None:
         """Pause the balancer."""
-        self._rests_until = now + _REST * self._every_s
+        self._rests_until = now + _REST * self.every_s
 
     def note_check(self, now: float) -> None:
         """Take note that the balancer has looked."""
@@ -66,6 +66,6 @@ class RebalanceTimer:
         """Return whether the balancer should look now; ``shifted_at``: the last traffic shift."""
         if now < self._rests_until:
             return False
-        if self._looked_at is None or now >= self._looked_at + self._every_s:
+        if self._looked_at is None or now >= self._looked_at + self.every_s:
             return True
         return shifted_at is not None and self._looked_at < shifted_at + _LOOK_S <= now

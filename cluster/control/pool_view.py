@@ -78,7 +78,7 @@ class PoolView:
         # The speed factor of each slow or silent host.
         self.speed_factors: dict[str, float] = {}
         self._host_speeds = HostSpeeds()
-        self._host_timeout_s = host_timeout_s
+        self.host_timeout_s = host_timeout_s
         self._away_since: dict[str, float] = {}
         self._arrived: set[str] = set()
         self._heard_at: dict[str, float] = {}
@@ -93,6 +93,12 @@ class PoolView:
         """Announce a new host; nothing is planned for it before it has reported."""
         self.hosts[host.name] = host
         self._away_since[host.name] = -math.inf
+
+    def change(self, host: PoolHost) -> None:
+        """Take over what is new about a host: its room, its speed, its failure domain."""
+        known = self.hosts[host.name]
+        self.hosts[host.name] = replace(host, device_bytes=known.device_bytes)
+        self.version += 1
 
     def remove(self, host: str) -> None:
         """Forget a host that left the pool."""
@@ -160,7 +166,7 @@ class PoolView:
             host
             for host in self.hosts
             if host in self.observations
-            or now - self._away_since.get(host, now) < self._host_timeout_s
+            or now - self._away_since.get(host, now) < self.host_timeout_s
         )
 
     def never_seen(self, host: str) -> bool:
@@ -180,7 +186,7 @@ class PoolView:
         seen, lost = self.observations.get(host), self._lost.get(host)
         if seen is None:
             gone_s = self._gone_until.get(host, 0.0) - self._gone_since.get(host, self._now)
-            if lost is None or gone_s >= self._host_timeout_s:
+            if lost is None or gone_s >= self.host_timeout_s:
                 return True
             return all(self.holders(key) for key in lost.experts())
         return seen.bare and not seen.owned
@@ -191,7 +197,7 @@ class PoolView:
 
     def _is_lost(self, host: str) -> bool:
         """Return whether a retiring host is silent too long, and others hold all it held."""
-        silent = self._now - self._heard_at.get(host, self._now) >= self._host_timeout_s
+        silent = self._now - self._heard_at.get(host, self._now) >= self.host_timeout_s
         return silent and all(
             len(self.holders(key)) > 1 for key in self.observations[host].experts()
         )

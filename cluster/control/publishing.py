@@ -31,7 +31,7 @@ class Publisher:
         self.placement: Placement | None = None
         self._same_since = self.placement_id  # from which placement on only versions differ
         self._view = view
-        self._lease_s = lease_s
+        self.lease_s = lease_s
         # Leases are measured in the time that the controller has listened. A controller that was
         # frozen has heard no router, so the time between two rounds counts for at most a third of a
         # lease.
@@ -51,7 +51,7 @@ class Publisher:
 
     def routers(self, now: float) -> dict[str, PlacementId | None]:
         """Return the live routers, and the number of the placement that each follows."""
-        over_s = self._listened(now) - self._lease_s
+        over_s = self._listened(now) - self.lease_s
         self._routers = {r: v for r, v in self._routers.items() if v[1] >= over_s}
         return {name: number for name, (number, _) in self._routers.items()}
 
@@ -174,7 +174,7 @@ class Publisher:
     def _listened(self, now: float) -> float:
         """Return for how many seconds the controller has listened to routers."""
         passed_s = 0.0 if self._looked is None else now - self._looked
-        return self._listened_s + min(passed_s, self._lease_s / 3)
+        return self._listened_s + min(passed_s, self.lease_s / 3)
 
     def has_left(self, host: str, now: float) -> bool:
         """Return whether no live router follows a placement that names ``host``."""
@@ -198,7 +198,7 @@ class Publisher:
         """
         self._listened_s, self._looked = self._listened(now), now
         self._since_s = self._listened_s if self._since_s is None else self._since_s
-        return self._listened_s - self._since_s >= self._lease_s
+        return self._listened_s - self._since_s >= self.lease_s
 
     def _ready(
         self, key: ExpertKey, target: tuple[Replica, ...], before: tuple[Replica, ...]

@@ -82,6 +82,12 @@ class LoadTracker:
             self.hosts.setdefault(host, HostTimes()).add(times)
         self.routers.add(report.router_counts)
 
+    def forget(self, model: str) -> None:
+        """Forget the load of a model that is not served any more."""
+        for known in (self._counts, self._rates, self._ages_s, self.totals):
+            for key in [key for key in known if key.model == model]:
+                del known[key]
+
     def advance(self, now: float, *, least_s: float = 1.0) -> bool:
         """Close the window if it is at least ``least_s`` old; return whether it was."""
         if self._since is None:

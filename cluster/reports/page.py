@@ -7,6 +7,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from .activity import Activity, ExpertReport
+from .applying import ApplyReport
 from .placing import ChangeReport, DrainReport, PlanReport
 from .report import Report
 from .scaling import ScalingReport
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[type[Report], bool]] = {
     "history": (ChangeReport, True),
     "drain": (DrainReport, False),
     "scale": (ScalingReport, False),
+    "apply": (ApplyReport, False),
     "expert put": (WeightUpdateReport, False),
     "expert revert": (WeightUpdateReport, False),
 }

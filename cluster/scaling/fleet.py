@@ -4,6 +4,8 @@
 A host that leaves stays desired until it is drained and no router knows it. If a group grows again,
 hosts that are leaving are taken back before new ones are named. A new name has a number that was
 never used before.
+
+A group is known by its number, which stays, and operators call it by its place in the spec.
 """
 
 from __future__ import annotations
@@ -30,34 +32,41 @@ class Fleet:
 
     def __init__(
         self,
-        groups: Sequence[FleetGroup],
+        groups: Sequence[FleetGroup] | Mapping[int, FleetGroup],
         policy: ScalePolicy,
         *,
         pending_s: float,
+        order: Sequence[int] | None = None,
         kept: Mapping[str, Any] | None = None,
     ) -> None:
         """Start with the groups' hosts, or with ``kept``, which `snapshot` gave another controller.
 
-        A host that is not up after ``pending_s`` is shown as waiting for a machine.
+        ``order`` has the numbers of the spec's groups; the hosts of all others leave (`follow`).
+        None: all groups are the spec's. A host that is not up after ``pending_s`` is shown as
+        waiting for a machine.
         """
-        self.groups = tuple(groups)
+        self.groups = dict(groups if isinstance(groups, Mapping) else enumerate(groups))
+        self.order = tuple(self.groups if order is None else order)
         self.autoscaler = Autoscaler(policy)
         self.scalings = ScaleHistory()
         self.version = 0  # grows when `snapshot` gives something new
-        self._pending_s = pending_s
+        self.pending_s = pending_s
         self._meter = BusyMeter()
         self._group_of: dict[str, int] = {}
         self._retired: list[str] = []
         self._asked_at: dict[str, float] = {}  # hosts that are not up yet
         self._next = 0
+        # How many hosts the spec asked each group for at first, when this fleet last followed it.
+        self._counts = {number: self.groups[number].count for number in self.order}
         if kept:
             self._group_of = {name: int(group) for name, group in kept["hosts"].items()}
             self._retired = list(kept["retired"])
             self._next = int(kept["next"])
+            self._counts = {int(number): count for number, count in kept["counts"].items()}
         else:
-            for index, group in enumerate(groups):
-                for _ in range(group.count):
-                    self._group_of[self._name()] = index
+            for number, count in self._counts.items():
+                for _ in range(count):
+                    self._group_of[self._name()] = number
 
     def pool_hosts(self) -> list[PoolHost]:
         """Return all hosts, for a new `Control`."""
@@ -74,10 +83,57 @@ class Fleet:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state as plain values, for a controller that starts anew."""
-        return {"hosts": self._group_of, "retired": self._retired, "next": self._next}
+        return {
+            "hosts": self._group_of,
+            "retired": self._retired,
+            "next": self._next,
+            "counts": self._counts,
+        }
 
     def staying(self, group: int) -> list[str]:
         return [n for n, g in self._group_of.items() if g == group and n not in self._retired]
+
+    @property
+    def used_groups(self) -> set[int]:
+        """The numbers of the groups that have hosts, also such as are leaving."""
+        return set(self._group_of.values())
+
+    # ---- another spec ---------------------------------------------------------------------------
+
+    def follow(
+        self,
+        control: Control,
+        groups: Mapping[int, FleetGroup],
+        order: Sequence[int],
+        *,
+        who: str,
+        now: float,
+    ) -> None:
+        """Follow what a spec says of groups; what it said before already changes nothing.
+
+        A new group gets its hosts, and the hosts of a group that is not in ``order`` leave. Another
+        count is taken as a request for that size; else the size stays, within the bounds.
+        """
+        gone = [number for number in self.order if number not in order]
+        places = {number: place for place, number in enumerate(self.order)}
+        self.groups = {**self.groups, **groups}
+        self.order = tuple(order)
+        for name, number in self._group_of.items():
+            control.view.change(self.groups[number].pool_host(name))
+        control.replan()
+        for number in order:
+            group, there = self.groups[number], len(self.staying(number))
+            count = min(max(there, group.min_count), group.max_count)
+            if self._counts.get(number) != group.count:
+                count = group.count
+            if count != there:
+                self._set(control, number, count, who, "the spec", now)
+        for number in {*gone, *self.used_groups} - set(order):
+            if self.staying(number):
+                place = places.get(number, len(places))
+                self._set(control, number, 0, who, "not in the spec any more", now, place=place)
+        self._counts = {number: self.groups[number].count for number in order}
+        self.version += 1
 
     # ---- one round ------------------------------------------------------------------------------
 
@@ -92,7 +148,8 @@ class Fleet:
         load = self._meter.measure(control.loads.hosts, up, now)
         states = [] if load is None else self._states(control, now)
         for decision in self.autoscaler.decide(states, load, now):
-            self._set(control, decision.group, decision.count, "autoscaler", decision.reason, now)
+            group = self.order[decision.group]
+            self._set(control, group, decision.count, "autoscaler", decision.reason, now)
         for name in [n for n in self._retired if control.is_free(n, now)]:
             self._remove(control, name)
         self.scalings.advance(
@@ -106,31 +163,35 @@ class Fleet:
     def scale(
         self, control: Control, group: int, count: int, *, who: str, now: float
     ) -> ScaleEvent:
-        """Set the number of hosts of a group; raise ValueError that names what is wrong."""
-        if not 0 <= group < len(self.groups):
+        """Set the number of hosts of the group at a place in the spec.
+
+        Raises ValueError that names what is wrong.
+        """
+        if not 0 <= group < len(self.order):
             raise ValueError(
                 f"group: {group} does not exist; the spec's hosts are the groups 0 to "
-                f"{len(self.groups) - 1}"
+                f"{len(self.order) - 1}"
             )
-        most = self.groups[group].max_count
+        number = self.order[group]
+        most = self.groups[number].max_count
         if not 1 <= count <= most:
             raise ValueError(
                 f"count: {count}; choose a number from 1 to {most}, hosts.{group}.max_count"
             )
-        if self.groups[group].fixed:
+        if self.groups[number].fixed:
             raise ValueError(
                 f"group: {group} is a placement group of Ray, whose size cannot change; set "
                 f"hosts.{group}.placement_group to none, and restart the cluster"
             )
-        if count == len(self.staying(group)):
+        if count == len(self.staying(number)):
             return self.scalings.same(group, count, who, now)
-        excess = len(self.staying(group)) - count
+        excess = len(self.staying(number)) - count
         if excess > 0:
-            why = self._lack(control, self._leavers(control, group)[:excess])
+            why = self._lack(control, self._leavers(control, number)[:excess])
             if why:
                 raise ValueError(f"count: {count} hosts of group {group} are too few: {why}")
         self.autoscaler.rest(now)
-        return self._set(control, group, count, who, "requested", now)
+        return self._set(control, number, count, who, "requested", now)
 
     # ---- what is shown --------------------------------------------------------------------------
 
@@ -156,12 +217,12 @@ class Fleet:
         return ScalingStatus(
             groups=[
                 HostGroupStatus(
-                    hosts=len(self.staying(index)),
+                    hosts=len(self.staying(number)),
                     min_hosts=group.min_count,
                     max_hosts=group.max_count,
                     cost_per_hour=group.cost_per_hour,
                 )
-                for index, group in enumerate(self.groups)
+                for number, group in ((one, self.groups[one]) for one in self.order)
             ],
             busy_fraction=None if load is None else round(load.busy, 3),
             wait_ratio=None if load is None else round(load.waiting, 3),
@@ -187,7 +248,15 @@ class Fleet:
     # ---- parts ----------------------------------------------------------------------------------
 
     def _set(
-        self, control: Control, group: int, count: int, who: str, why: str, now: float
+        self,
+        control: Control,
+        group: int,
+        count: int,
+        who: str,
+        why: str,
+        now: float,
+        *,
+        place: int | None = None,
     ) -> ScaleEvent:
         before = len(self.staying(group))
         # Hosts that are leaving may still have their experts, most likely the one retired last.
@@ -206,7 +275,14 @@ class Fleet:
             control.members.retire(name)
         self.version += 1
         return self.scalings.begin(
-            group, before, count, who=who, why=why, coming=back + fresh, leaving=leavers, now=now
+            self.order.index(group) if place is None else place,
+            before,
+            count,
+            who=who,
+            why=why,
+            coming=back + fresh,
+            leaving=leavers,
+            now=now,
         )
 
     def _remove(self, control: Control, name: str) -> None:
@@ -244,8 +320,8 @@ class Fleet:
 
     def _states(self, control: Control, now: float) -> list[GroupState]:
         found = []
-        for index, group in enumerate(self.groups):
-            names = self.staying(index)
+        for number in self.order:
+            group, names = self.groups[number], self.staying(number)
             pending = [name for name in names if name in self._asked_at]
             found.append(
                 GroupState(
@@ -256,8 +332,8 @@ class Fleet:
                     up=len(names) - len(pending),
                     pending=len(pending),
                     stuck=sum(self._is_stuck(name, now) for name in pending),
-                    leaving=sum(self._group_of[name] == index for name in self._retired),
-                    keep=self._lack(control, self._leavers(control, index)[:1])
+                    leaving=sum(self._group_of[name] == number for name in self._retired),
+                    keep=self._lack(control, self._leavers(control, number)[:1])
                     if group.min_count < group.max_count
                     else "",
                 )
@@ -265,7 +341,7 @@ class Fleet:
         return found
 
     def _is_stuck(self, name: str, now: float) -> bool:
-        return now - self._asked_at.get(name, now) >= self._pending_s
+        return now - self._asked_at.get(name, now) >= self.pending_s
 
     def _speed(self, name: str) -> float:
         return self.groups[self._group_of[name]].speed

@@ -77,6 +77,11 @@ class ModelProgress:
     # ---- what it says ---------------------------------------------------------------------------
 
     @property
+    def pending(self) -> int:
+        """How many requests were begun and have not ended."""
+        return self._pending
+
+    @property
     def in_question(self) -> bool:
         """Whether work is pending or was lost."""
         return self._pending > 0 or self._doubted

@@ -9,17 +9,17 @@ import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .controller_client import ControllerClient
-from .ending import end_session
+from .lifecycle import end_session
 from .logs import LogKind, LogLine, read_logs
 from .proto.errors import ClusterError
 from .session import (
     ClusterSession,
-    need_session,
     remove_session,
     show_token,
     stay_on_loopback,
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from .cluster.load.trace import Trace
     from .cluster.placement import ModelRef
     from .cluster.reports.activity import Activity, ExpertReport
+    from .cluster.reports.applying import ApplyReport
     from .cluster.reports.placing import ChangeReport, DrainReport, PlanReport
     from .cluster.reports.scaling import ScalingReport
     from .cluster.reports.status import ClusterStatus
     from .cluster.reports.updates import WeightUpdateReport
+    from .cluster.spec.spec import Spec
     from .kernels.training.update_rules import UpdateRule
     from .models.training.groups import TrainedTensors
 
@@ -53,11 +55,13 @@ def quiet(step: str, done: int, total: int) -> None:
 
 
 def connect(name: str = "local") -> Cluster:
-    """Return a handle to a cluster that a process of this user has started on this machine.
+    """Return a handle to a cluster of this user on this machine, or of the Ray that runs here.
 
     Raises ClusterError.
     """
-    return Cluster(need_session(name))
+    from .connecting import running_cluster
+
+    return Cluster(running_cluster(name))
 
 
 class Cluster:
@@ -260,6 +264,36 @@ class Cluster:
         begun: ScalingReport = self._controller.ask("scale", count, group, getpass.getuser())
         return self._controller.scaling(begun.id, timeout_s, watch)
 
+    def apply(
+        self,
+        spec: Spec | Mapping[str, Any] | str | Path,
+        *,
+        dry_run: bool = False,
+        restarts: bool = False,
+        progress: Progress | None = None,
+        warn: Callable[[str], None] = log.warning,
+    ) -> ApplyReport:
+        """Let the cluster follow another spec, its values, or a YAML file; requests go on.
+
+        With ``dry_run`` nothing changes. Returns what differs. Parts that have to start anew are
+        named in the report, and start anew only with ``restarts``; without, that is a ClusterError.
+        Raises SpecError for what a running cluster cannot follow, CheckpointError and
+        UnsupportedModel; nothing has changed then.
+        """
+        from .lifecycle import apply_spec
+        from .starting import spec_from
+
+        report, self._session = apply_spec(
+            self._session,
+            self._join(),
+            spec_from(spec),
+            dry_run=dry_run,
+            restarts=restarts,
+            progress=progress or quiet,
+            warn=warn,
+        )
+        return report
+
     # ---- weights of experts ---------------------------------------------------------------------
 
     def get_expert(self, model: str, layer: int, expert: int) -> dict[str, Tensor]:
@@ -311,6 +345,7 @@ class Cluster:
         ``train`` gradients go through the pool, and a `PoolOptimizer` applies them; the spec must
         have `train: true` for the model. Raises CheckpointError, UnsupportedModel and ClusterError.
         """
+        from .actors.trunk.program_config import program_config
         from .actors.trunk.trunk import open_trunk
 
         namespace, ref = self._join(), self._model(model)
@@ -319,7 +354,7 @@ class Cluster:
                 f"model: {model!r} was opened to be served alone; set train: true for it in the "
                 "spec (models), and start the cluster again"
             )
-        trunk = open_trunk(self._trunk_config(namespace, ref), learns=train)
+        trunk = open_trunk(program_config(namespace, ref), learns=train)
         self._trunks.append(trunk)
         return trunk.model
 
@@ -339,6 +374,7 @@ class Cluster:
         interface, and ClusterError.
         """
         from .actors.trunk.attach import attach_model
+        from .actors.trunk.program_config import program_config
 
         namespace = self._join()
         trunk = attach_model(
@@ -348,7 +384,7 @@ class Cluster:
             replicas=replicas,
             exact=exact,
             train=train,
-            make_config=lambda ref: self._trunk_config(namespace, ref),
+            make_config=lambda ref: program_config(namespace, ref),
         )
         self._trunks.append(trunk)
         return trunk.model
@@ -460,23 +496,3 @@ class Cluster:
                 f"model: {name!r} is not one of the cluster's models: {', '.join(sorted(known))}"
             )
         return known[name]
-
-    def _trunk_config(self, namespace: str, ref: Any) -> Any:
-        from .actors.engine.trunk_config import TrunkConfig
-        from .actors.store.durable_state import stored_deployment
-
-        deployment = stored_deployment(namespace)
-        if deployment is None:
-            raise ClusterError(f"cluster {self.name!r} has ended")
-        spec = deployment.spec
-        return TrunkConfig(
-            namespace=namespace,
-            model=ref,
-            name=f"sdk-{os.getpid()}-{secrets.token_hex(3)}",
-            policy=spec.router_policy,
-            transport=spec.network.transport,
-            lending=spec.lends,
-        )
-
-
-__all__ = ["Cluster", "connect"]

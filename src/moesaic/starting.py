@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .clients.router_keys import take_key
 from .handle import Cluster, quiet
 from .proto.errors import ClusterError
-from .router_keys import take_key
 from .session import (
     ClusterSession,
     find_session,
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def _spec(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
+def spec_from(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
+    """Return a spec that is given as it is, as values, or as a file. Raises SpecError."""
     from .cluster.spec.spec import Spec, load_spec, parse_spec
 
     if isinstance(spec, Spec):
@@ -55,7 +56,7 @@ def up(
     """
     # First of all: every process that starts later would inherit the key.
     router_key = take_key()
-    wanted = _spec(spec)
+    wanted = spec_from(spec)
     _check_name(wanted.name, warn)
     if wanted.ray.address == "local":
         stay_on_loopback()

@@ -20,8 +20,8 @@ import pytest
 from google.protobuf.text_encoding import CEscape
 
 from moesaic.actors.runtime.embedded_ray import processes_of
+from moesaic.clients.router_keys import VARIABLE
 from moesaic.proto.keys import ClusterSecret
-from moesaic.router_keys import VARIABLE
 from tests.e2e.owner_of_secrets import NAME, ROUTER_KEY, SECRET
 from tests.integration.conftest import save_model
 

@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 import uvicorn
 
 from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.endpoint.model_names import ModelNames
 from moesaic.actors.engine.engine import Delta, EngineConfig, Generate, RequestLimits, Sampling
 from moesaic.actors.engine.served_model import ServedModel
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
@@ -130,9 +131,8 @@ def main() -> None:
         "lost": ServedModel("lost", TOKENIZER, LIMITS, LOST),
     }
     app = create_app(
-        models=served,
+        models=ModelNames(served, {"org/scripted": ["scripted"], "org/tiny": ["tiny"]}),
         bodies=BODIES,
-        aliases={"org/scripted": ["scripted"], "org/tiny": ["tiny"]},
     )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -22,7 +22,7 @@ from ....proto.errors import BodyTooLarge, Overloaded, SlowBody
 
 T = TypeVar("T")
 
-# How many bodies may be arriving; less than Serve admits to the ingress (`serve_app.MAX_ONGOING`).
+# How many bodies may be arriving; less than Serve admits to the ingress (`trunk.MAX_ONGOING`).
 MOST_ARRIVING = 1024
 # A body that has been arriving for longer may be dropped to make room.
 _PROMPT_S = 1.0
@@ -58,7 +58,7 @@ class Bodies:
     """The bodies that one server is receiving or parsing."""
 
     def __init__(self, limits: BodyLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limits = limits
+        self.limits = limits  # others may be set at any time
         self._clock = clock
         self._arriving: dict[_Body, None] = {}  # the oldest first
         self._held_bytes = 0
@@ -75,13 +75,13 @@ class Bodies:
         before all bodies together exceed their limit, SlowBody, and what ``parse`` raises.
         """
         declared = request.headers.get("content-length", "0")
-        most = self._limits.each_bytes
+        most = self.limits.each_bytes
         if not (declared.isascii() and declared.isdigit()) or int(declared) > most:
             raise BodyTooLarge(
                 f"the body has {declared} bytes; at most {most} are allowed "
                 "(endpoint.limits.body_mb)"
             )
-        body = _Body(self._clock(), asyncio.timeout(self._limits.arrive_s))
+        body = _Body(self._clock(), asyncio.timeout(self.limits.arrive_s))
         self._admit(body, int(declared))
         try:
             data = await self._read(request, body)
@@ -103,7 +103,7 @@ class Bodies:
             if body.pushed_out:
                 raise self._overloaded() from None
             raise SlowBody(
-                f"the body did not arrive within {self._limits.arrive_s:g} s "
+                f"the body did not arrive within {self.limits.arrive_s:g} s "
                 "(endpoint.limits.body_s); send the request again"
             ) from None
         finally:
@@ -115,9 +115,9 @@ class Bodies:
         self._arriving[body] = None
 
     def _take(self, body: _Body, new: int) -> None:
-        if body.size + new > self._limits.each_bytes:
+        if body.size + new > self.limits.each_bytes:
             raise BodyTooLarge(
-                f"the body has more than {self._limits.each_bytes} bytes, the most that are "
+                f"the body has more than {self.limits.each_bytes} bytes, the most that are "
                 "allowed (endpoint.limits.body_mb)"
             )
         self._make_room(new, keep=body)
@@ -129,7 +129,7 @@ class Bodies:
 
         Raises Overloaded if they cannot. ``keep`` is not dropped.
         """
-        now, limits = self._clock(), self._limits
+        now, limits = self._clock(), self.limits
 
         def lacks() -> bool:
             full = len(self._arriving) + bodies > limits.most

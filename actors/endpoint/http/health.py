@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,6 +56,11 @@ class ModelHealth:
         self._hear = hear
         self._clock = clock
         self._looking: asyncio.Task[None] | None = None
+
+    @property
+    def pending(self) -> int:
+        """How many requests are not over."""
+        return self._progress.pending
 
     @property
     def is_ready(self) -> bool:
@@ -136,20 +141,14 @@ class Health:
     def __init__(
         self,
         models: Mapping[str, ModelHealth],
-        aliases: Mapping[str, Collection[str]] | None = None,
         *,
         leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Take each model's health.
+        """Take each model's health, under all of its names; the mapping may change.
 
-        ``aliases`` has more names for each model. ``leaving`` tells whether new requests
-        are refused.
+        ``leaving`` tells whether new requests are refused.
         """
-        self._models = {
-            name: health
-            for own, health in models.items()
-            for name in (own, *(aliases or {}).get(own, ()))
-        }
+        self._models = models
         self._leaving = leaving
 
     async def live(self) -> bool:

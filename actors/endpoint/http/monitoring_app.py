@@ -31,8 +31,8 @@ from .probes import add_health
 
 logger = logging.getLogger(__name__)
 
-# Longer than each part's own timeout (`serve_app`), whose error says more. The parts are asked at
-# the same time.
+# Longer than each part's own timeout (`trunk_client`), whose error says more. The parts are asked
+# at the same time.
 STATUS_TIMEOUT_S = 6.0
 
 T = TypeVar("T")

@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 
 from .chat import ModelOption, NameOption, UrlOption, url_of
-from .progress import bars
-from .terminal import number, print_json, table
+from .terminal import bars, number, print_json, table
 
 if TYPE_CHECKING:
     from ..bench import LoadResult

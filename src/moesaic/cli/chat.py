@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..connecting import running_cluster
 from ..proto.errors import ClusterError, MoesaicError
-from ..session import need_session
 from .terminal import print_json
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def _show(chunk: Chunk) -> None:
 
 def url_of(name: str, url: str | None) -> str:
     """Return ``url``, or the URL of the cluster ``name``. Raises ClusterError."""
-    found = url or need_session(name).url
+    found = url or running_cluster(name).url
     if found is None:
         raise ClusterError(
             f"cluster {name!r} has no endpoint; add `endpoint` to its spec, or give --url"

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from ..actors.runtime.process_log import set_up_logging
 from ..proto.errors import MoesaicError, describe_error
-from . import about, bench, chat, expert, operate, watch
+from . import about, apply, bench, chat, expert, operate, watch
 from .ending import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE, exit_with
 from .simulate import simulate
 from .terminal import print_json, print_report
@@ -80,13 +80,15 @@ def down(
     as_json: JsonOption = False,
 ) -> None:
     """End a running cluster; running requests may finish first."""
+    from ..connecting import running_cluster
     from ..handle import Cluster
-    from ..session import find_session, need_session
+    from ..session import find_session
 
     found = find_session(name)
     # What a start that was cut off has left is ended, too.
     cut_off = found is not None and not found.ready and not found.starts
-    cluster = Cluster(found if cut_off and found is not None else need_session(name))
+    cluster = Cluster(found if cut_off and found is not None else running_cluster(name))
+    name = cluster.name
     drain_s = cluster.drain_s if drain is None else drain
     with err.status(f"ending cluster {name}: running requests have {drain_s:g} s"):
         cluster.down(drain_s, told=lambda line: err.print(line, markup=False, soft_wrap=True))
@@ -140,7 +142,7 @@ def upcycle(
 ) -> None:
     """Make a Mixture-of-Experts checkpoint of a dense one (sparse upcycling)."""
     from ..models.upcycling.upcycle import upcycle as make
-    from .progress import bars
+    from .terminal import bars
 
     if gate not in ("random", "kmeans"):
         raise typer.BadParameter(f"{gate!r} is neither random nor kmeans", param_hint="--gate")
@@ -167,6 +169,7 @@ about.register(app)
 chat.register(app)
 bench.register(app)
 operate.register(app)
+apply.register(app)
 expert.register(app)
 watch.register(app)
 app.command()(simulate)

@@ -26,8 +26,7 @@ from ..session import (
     remove_session,
 )
 from .ending import EndSignals
-from .progress import bars
-from .terminal import print_json
+from .terminal import bars, print_json
 
 if TYPE_CHECKING:
     from ..handle import Cluster

@@ -17,8 +17,8 @@ from ..cluster.reports.status import (
     StatusDocument,
     TrainingStatus,
 )
+from ..connecting import running_cluster
 from ..handle import connect
-from ..session import need_session
 from .terminal import table
 
 out = Console(highlight=False)
@@ -29,7 +29,7 @@ def read_status(name: str) -> StatusDocument:
 
     Over HTTP if it has a monitoring address, which is faster and also has the engines' figures.
     """
-    session = need_session(name)
+    session = running_cluster(name)
     if session.monitoring is None:
         cluster, healthy, engines = connect(name).status(), None, None
     else:

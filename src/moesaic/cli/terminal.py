@@ -1,4 +1,4 @@
-"""What commands share: JSON on stdout, and Ctrl-C as an event.
+"""What commands share: JSON on stdout, tables, progress bars, and Ctrl-C as an event.
 
 Ctrl-C as an exception may be raised inside a library, and be lost there.
 """
@@ -9,11 +9,13 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -67,3 +69,45 @@ def number(value: float) -> str:
     """Return a rate with one decimal below 100 and none above; never "-0"."""
     digits = 1 if abs(value) < 100 else 0
     return f"{round(value, digits) + 0.0:,.{digits}f}"
+
+
+# (name of the step, done, total)
+Report = Callable[[str, int, int], None]
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[Report]:
+    """Show one bar for each step, in the order in which the steps are first reported.
+
+    Where nobody watches, a line says when a step begins and when it is done.
+    """
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, int] = {}
+
+        def report(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step, total=total)  # pyright: ignore[reportArgumentType]
+            progress.update(tasks[step], completed=done, total=total)  # pyright: ignore[reportArgumentType]
+
+        yield report
+
+
+def _lines(console: Console) -> Report:
+    said: set[tuple[str, bool]] = set()
+
+    def report(step: str, done: int, total: int) -> None:
+        told = (step, done >= total)
+        if told not in said:
+            said.add(told)
+            console.print(f"{step}: {done} of {total}", highlight=False)
+
+    return report

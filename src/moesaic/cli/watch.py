@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.console import Console
 
+from ..connecting import running_cluster
 from ..handle import connect
 from ..logs import KINDS, LogKind, read_logs
 from ..page_address import open_page, page_address
 from ..proto.errors import CheckpointError, ClusterError
-from ..session import logged_session, need_session
-from .progress import bars
-from .terminal import number, print_json, print_report, table, until_ctrl_c
+from ..session import logged_session
+from .terminal import bars, number, print_json, print_report, table, until_ctrl_c
 from .top import top
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def page(
     ] = False,
 ) -> None:
     """Open the page of a cluster in the browser, with the key that its actions need."""
-    session = need_session(name)
+    session = running_cluster(name)
     if only_print:
         print(page_address(session))
     else:

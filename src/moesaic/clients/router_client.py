@@ -26,8 +26,8 @@ from ..proto.errors import CallError, Expired, MoesaicError, RequestError, Unkno
 from ..proto.expert_pb2 import DType
 from ..proto.router_pb2 import ComputeHead, ModelsReply
 from ..proto.router_wire import RouterLayout
-from ..router_keys import key_for
 from .retry import RETRIES, Retries
+from .router_keys import key_for
 
 __all__ = ["RouterClient", "RouterLayer", "RouterModel"]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from moesaic import AsyncClient, Client
 from moesaic.actors.engine.engine import EngineConfig, Pooling, Sampling
-from moesaic.actors.serve.serve_app import ErrorValue, Trunk
+from moesaic.actors.serve.replica.trunk import ErrorValue, Trunk
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable, RequestError
 from tests.helpers.endpoint.engines import running, tokens
 from tests.helpers.endpoint.scripted import scripted_engine

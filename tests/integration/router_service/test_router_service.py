@@ -28,6 +28,7 @@ import moesaic
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router_service.catalog import Catalog
 from moesaic.actors.router_service.service import SERVICE, RouterService, ServicePolicy
+from moesaic.clients.router_keys import VARIABLE
 from moesaic.cluster.batching.batch_queue import MergePolicy
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey, first_versions
 from moesaic.cluster.placement import ModelShape, Placement, PlacementId
@@ -45,7 +46,6 @@ from moesaic.proto.errors import (
 )
 from moesaic.proto.router_pb2 import ComputeRequest
 from moesaic.proto.router_pb2_grpc import RouterStub
-from moesaic.router_keys import VARIABLE
 from moesaic.session import ClusterSession, write_session
 from tests.helpers.documented import blocks
 from tests.helpers.pool.pools import pool

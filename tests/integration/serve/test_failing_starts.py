@@ -14,7 +14,7 @@ from ray import serve
 from safetensors.torch import load_file, save_file
 
 import moesaic
-from moesaic.actors.serve import deploy
+from moesaic.actors.serve import deploy, trunk_apps
 from moesaic.cli.main import main
 from moesaic.proto.errors import ClusterError
 from tests.helpers.models.architectures import tiny_model
@@ -107,13 +107,10 @@ def test_a_trunk(tmp_path: Path, capsys: Capture) -> None:
 
 @pytest.mark.slow
 def test_the_ingress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tokenizer(_: Path) -> Callable[[], Any]:
-        def load() -> Any:
-            raise KeyError("a word that is not there")
+    def plan() -> Any:
+        raise KeyError("a word that is not there")
 
-        return load
-
-    monkeypatch.setattr(deploy, "_tokenizer", tokenizer)
+    monkeypatch.setattr(deploy, "StoredPlan", lambda namespace: plan)
     said = start(folder)
     words = "endpoint: the ingress did not start: KeyError: 'a word that is not there'"
     assert said.startswith(words)
@@ -126,7 +123,7 @@ def test_a_trunk_that_is_killed_cannot_tell_why_itself(
     def factory(_: Any) -> Callable[[], Any]:
         return lambda: os._exit(1)
 
-    monkeypatch.setattr(deploy, "EngineFactory", factory)
+    monkeypatch.setattr(trunk_apps, "EngineFactory", factory)
     said = start(folder)
     words = (
         "endpoint: the trunk of model 'm' did not start: its process was killed or ended by itself"

@@ -25,7 +25,7 @@ from moesaic import Client
 from moesaic.actors.endpoint.http.health import HEAR_S
 from moesaic.actors.runtime.embedded_ray import started_processes
 from moesaic.actors.runtime.ray_border import controller_of, namespace_of
-from moesaic.actors.serve import deploy
+from moesaic.actors.serve import trunk_apps
 from moesaic.cluster.service.progress import STALLED_S
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError, EngineError, MoesaicError
@@ -60,7 +60,7 @@ def scripted(name: str, folder: Path, **spec: Any) -> Iterator[Cluster]:
         # Only while it starts: other tests have clusters with real engines meanwhile.
         with pytest.MonkeyPatch.context() as patched:
             patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-            patched.setattr(deploy, "EngineFactory", lambda config: scripted_engine)
+            patched.setattr(trunk_apps, "EngineFactory", lambda config: scripted_engine)
             hosts = [{"count": 1, "threads": 1}]
             cluster = last_first.enter_context(running(name, folder, hosts=hosts, **spec))
         yield cluster
@@ -76,7 +76,7 @@ def trunks(cluster: Cluster) -> list[psutil.Process]:
     return [
         process
         for process in started_processes()
-        if f"::ServeReplica:moesaic-{cluster.name}:Trunk" in " ".join(process.cmdline())
+        if f"::ServeReplica:moesaic-{cluster.name}:m:Trunk" in " ".join(process.cmdline())
     ]
 
 

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from tests.helpers.endpoint.serve_app import endpoint_app
 from tests.helpers.paths import ROOT
 from tests.helpers.processes.live import program_ray
 
@@ -26,8 +27,8 @@ from ray.serve.config import HTTPOptions
 
 from moesaic.actors.engine.engine import Delta, Sampling
 from moesaic.actors.runtime.ports import free_port
-from moesaic.actors.serve import serve_app
-from moesaic.actors.serve.serve_app import ErrorValue, Trunk, build
+from moesaic.actors.serve.replica import trunk_client
+from moesaic.actors.serve.replica.trunk import ErrorValue, Trunk
 from moesaic.clients.http_client import Client
 from moesaic.cluster.reports.status import EngineStatus
 from moesaic.cluster.spec.monitoring import MonitoringSpec
@@ -73,7 +74,7 @@ def url(monitoring: str) -> Iterator[str]:
             }
             watched = MonitoringSpec(port=int(monitoring.rpartition(":")[2]))
             tokenizers = dict.fromkeys(trunks, tiny_tokenizer)
-            serve.run(build(trunks, tokenizers, status=cluster_status, monitoring=watched))
+            serve.run(endpoint_app(trunks, tokenizers, status=cluster_status, monitoring=watched))
             yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()
@@ -267,8 +268,8 @@ class FakeHandle:
 async def test_a_stream_that_does_not_go_on(
     monkeypatch: pytest.MonkeyPatch, handle: FakeHandle, message: str
 ) -> None:
-    monkeypatch.setattr(serve_app, "PATIENCE_S", 0.01)
-    stream = serve_app.TrunkClient(cast(Any, handle)).generate("a", [5], Sampling(max_tokens=3))
+    monkeypatch.setattr(trunk_client, "PATIENCE_S", 0.01)
+    stream = trunk_client.TrunkClient(cast(Any, handle)).generate("a", [5], Sampling(max_tokens=3))
     assert await anext(stream) == Delta((1,))
     with pytest.raises(EngineError, match=message):
         await anext(stream)
@@ -276,9 +277,9 @@ async def test_a_stream_that_does_not_go_on(
 
 
 async def test_a_trunk_that_is_only_slow_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_app, "PATIENCE_S", 0.001)
+    monkeypatch.setattr(trunk_client, "PATIENCE_S", 0.001)
     handle = FakeHandle([], hangs=True)
-    stream = serve_app.TrunkClient(cast(Any, handle)).generate("a", [5], Sampling(max_tokens=3))
+    stream = trunk_client.TrunkClient(cast(Any, handle)).generate("a", [5], Sampling(max_tokens=3))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.2):
             await anext(stream)

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.helpers.endpoint.serve_app import endpoint_app
 from tests.helpers.paths import ROOT
 from tests.helpers.processes.live import program_ray
 
@@ -23,7 +24,7 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 from ray import serve
 
 from moesaic.actors.runtime.ports import free_port
-from moesaic.actors.serve.serve_app import Trunk, build
+from moesaic.actors.serve.replica.trunk import Trunk
 from moesaic.actors.serve.serve_border import ServeAddress, start_serve
 from moesaic.cluster.spec.monitoring import MonitoringSpec
 from moesaic.cluster.spec.parts import EndpointSpec, LimitSpec
@@ -51,7 +52,7 @@ def http() -> Iterator[httpx.Client]:
         try:
             start_serve(ServeAddress("127.0.0.1", PORT), "strangers")
             trunk = Trunk.options(name="Trunk-script").bind(scripted_engine)
-            app = build(
+            app = endpoint_app(
                 {"script": trunk},
                 {"script": tiny_tokenizer},
                 endpoint=EndpointSpec(limits=LIMITS),

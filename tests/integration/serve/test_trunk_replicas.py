@@ -12,6 +12,7 @@ from ray import serve
 
 import moesaic
 from moesaic import Client
+from moesaic.actors.serve.replica.names import trunk_app, trunk_name
 from moesaic.cluster.reports.status import EngineStatus
 from tests.helpers.processes.live import ON_RAY, text_of, wait_until
 from tests.integration.conftest import save_model
@@ -22,7 +23,7 @@ pytestmark = ON_RAY
 
 
 def replicas(app: str) -> int:
-    found: Any = serve.status().applications[app].deployments[f"Trunk-{MODEL}"]
+    found: Any = serve.status().applications[trunk_app(app, MODEL)].deployments[trunk_name(MODEL)]
     return found.replica_states.get("RUNNING", 0)
 
 

@@ -100,7 +100,7 @@ def test_what_is_nowhere_any_more_cannot_come_back() -> None:
     served(world, FIRST)
     world.revert("m")
     gone = world.updates["m"].weights
-    assert gone == world.control.lost(gone) == [ExpertVersion(FIRST, 2)]
+    assert gone == world.control.weights.lost(gone) == [ExpertVersion(FIRST, 2)]
     world.rounds(3.0)
     assert not world.control.updates.is_ready(world.updates["m"]), "version 2 was in memory only"
     world.rounds(20.0)
@@ -167,8 +167,8 @@ def test_an_update_that_is_held_waits_for_its_record_as_long_as_that_takes() -> 
     world.control.updates.serve(update, in_file=True)
     world.tick()
     assert world.published[-1].versions.of(FIRST) == 2
-    assert world.control.volatile("m") == []
-    assert world.control.updated("m") == [ExpertVersion(FIRST, 2)]
+    assert world.control.weights.volatile(world.control.models["m"]) == []
+    assert world.control.weights.updated(world.control.models["m"]) == [ExpertVersion(FIRST, 2)]
 
 
 def test_only_what_some_host_has_can_be_held() -> None:
@@ -195,7 +195,7 @@ def test_the_updates_of_a_folder_are_served_from_the_start() -> None:
     assert [versions.of(key) for key in (FIRST, other, ExpertKey("m", 0, 1))] == [5, 2, 1]
     assert holders(world, ExpertVersion(FIRST, 5)) == ["h0", "h1"]
     assert holders(world, ExpertVersion(FIRST, 1)) == []
-    assert world.control.volatile("m") == []
+    assert world.control.weights.volatile(world.control.models["m"]) == []
     assert world.control.updates.last_number("m") == 5
     assert begin(world, FIRST).number == 8, "the folder has a file of each number up to 7"
 
@@ -214,5 +214,5 @@ def test_a_folder_rules_over_what_an_earlier_controller_knew() -> None:
         WeightUpdate(model="m", number=3, versions={FIRST: 3}, before={FIRST: 2}, who="t")
     )
     successor.updates.replay("m", history, 3)
-    assert successor.updated("m") == [ExpertVersion(FIRST, 3)]
+    assert successor.weights.updated(successor.models["m"]) == [ExpertVersion(FIRST, 3)]
     assert [one.number for one in successor.updates.past] == [2, 3]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import moesaic
-from moesaic import router_keys
+from moesaic.clients import router_keys
+from moesaic.clients.router_keys import VARIABLE, key_for, take_key
 from moesaic.proto.errors import ClusterError, Unauthenticated
-from moesaic.router_keys import VARIABLE, key_for, take_key
 from moesaic.session import ClusterSession, find_session, write_session
 
 GIVEN = "given-by-the-user-0123456789"

@@ -41,7 +41,7 @@ cluster/load                        cluster
 cluster/batching                    cluster
 cluster/host                        proto cluster
 cluster/routing                     cluster cluster/load
-cluster/planner                     cluster
+cluster/planner                     cluster cluster/reports
 cluster/training                    proto cluster
 cluster/control                     cluster cluster/load cluster/planner cluster/reports
                                     cluster/training
@@ -51,7 +51,7 @@ cluster/scaling                     cluster/load cluster/planner cluster/reports
                                     cluster/control
 cluster/spec                        proto cluster cluster/service cluster/batching
                                     cluster/host cluster/routing cluster/planner cluster/control
-                                    cluster/scaling cluster/tracing
+                                    cluster/reports cluster/scaling cluster/tracing
 cluster/comparison                  cluster cluster/load cluster/planner cluster/control
                                     cluster/scaling
 
@@ -118,14 +118,17 @@ actors/page                         proto cluster/page_feed cluster/service acto
 actors/preflight                    proto kernels/training models models/folder models/trunk cluster
                                     cluster/planner cluster/scaling cluster/spec cluster/training
                                     actors/text actors/runtime actors/engine
-actors/serve                        proto models models/folder cluster cluster/metrics
-                                    cluster/reports
+actors/serve/replica                proto models/folder cluster cluster/metrics cluster/reports
                                     cluster/service cluster/routing cluster/spec
                                     cluster/page_feed
+                                    actors/runtime actors/store actors/engine actors/tracing
+                                    actors/endpoint actors/endpoint/http actors/page
+actors/serve                        proto models cluster cluster/reports
+                                    cluster/service cluster/spec
                                     actors/runtime actors/store actors/engine actors/trunk
                                     actors/tracing
-                                    actors/router_service actors/controller actors/endpoint
-                                    actors/endpoint/http actors/page actors/preflight
+                                    actors/router_service actors/controller
+                                    actors/endpoint/http actors/preflight actors/serve/replica
 """
 MAX_FILES = 15
 MAX_LINES = 500

@@ -18,7 +18,7 @@ from moesaic.actors.endpoint.http import monitoring_app
 from moesaic.actors.endpoint.http.edge import error_answer, event_stream
 from moesaic.actors.endpoint.http.metrics import HttpMetrics
 from moesaic.actors.endpoint.openai.responses import error_response
-from moesaic.actors.serve.serve_app import ErrorValue
+from moesaic.actors.serve.replica.trunk import ErrorValue
 from moesaic.actors.transport.grpc.border import from_grpc, to_grpc
 from moesaic.cli import main as command_line
 from moesaic.clients.openai_wire import error_of, mapping_errors
@@ -350,15 +350,15 @@ async def test_a_slow_cluster_is_no_defect_of_the_endpoint(
 
 def test_the_status_waits_a_little_longer_than_its_parts() -> None:
     """So that they say what is late; clients and health checks often give up after 10 s."""
-    from moesaic.actors.serve import serve_app
+    from moesaic.actors.serve.replica import trunk_client
 
-    assert serve_app.QUESTION_TIMEOUT_S < monitoring_app.STATUS_TIMEOUT_S <= 6.0
+    assert trunk_client.QUESTION_TIMEOUT_S < monitoring_app.STATUS_TIMEOUT_S <= 6.0
 
 
 async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError, RayTaskError
 
-    from moesaic.actors.serve import controller_link, serve_app
+    from moesaic.actors.serve.replica import controller_link, trunk_client
 
     async def late() -> None:
         await asyncio.Event().wait()
@@ -367,8 +367,8 @@ async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPat
         raise error
 
     monkeypatch.setattr(controller_link, "QUESTION_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(serve_app, "QUESTION_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(serve_app, "START_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(trunk_client, "QUESTION_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(trunk_client, "START_TIMEOUT_S", 0.01)
     with pytest.raises(
         MoesaicError, match=r"the controller did not answer within 0\.01 s"
     ) as caught:
@@ -381,9 +381,9 @@ async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InternalError, match="its status: KeyError: 'x'"):
         await controller_link.answered(failing(defect))
 
-    class Silent(serve_app.TrunkClient):
+    class Silent(trunk_client.TrunkClient):
         def __init__(self) -> None:
-            self._cold_start_s = None
+            self.cold_start_s = None
 
         async def _question(self, method: str) -> Any:
             await late()

@@ -13,6 +13,7 @@ from moesaic.actors.controller.overview import _cards
 from moesaic.actors.host.report import CardReport, HostReport, LoopStats
 from moesaic.cluster.card_memory import CardShare
 from moesaic.cluster.placement import HostEntry
+from moesaic.cluster.spec.deployment import Deployment
 from moesaic.cluster.spec.spec import parse_spec
 
 LOOP = LoopStats(
@@ -79,7 +80,10 @@ def test_a_host_is_told_what_its_group_may_take(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ray, "remote", lambda _: SimpleNamespace(options=lambda **_: actor))
     monkeypatch.setattr(ray, "nodes", list)
     groups = [{"num_gpus": 0.3}, {"gpu_memory": "2GB"}]
-    starter = HostStarter(parse_spec({"hosts": groups}), "n", {}, dict)
+    spec = parse_spec({"hosts": groups})
+    numbered = dict(enumerate(spec.hosts))
+    wanted = Deployment(id="", spec=spec, models=[], groups=numbered, order=list(numbered))
+    starter = HostStarter(lambda: wanted, "n", {}, dict)
     for number in range(2):
         starter.start(f"host-{number}", number, {})
     assert [one["share"] for one in told] == [

@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 
 from moesaic.actors.endpoint.http.metrics import HttpMetrics
 from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.endpoint.model_names import ModelNames
 from moesaic.actors.runtime.process_labels import ProcessLabel, announce, announced
 from moesaic.clients.openai_wire import models, only
 from moesaic.proto.errors import RequestError
@@ -24,7 +25,7 @@ METRICS = HttpMetrics()
 @pytest.fixture
 def http() -> Iterator[TestClient]:
     served = scripted_models(HUB, "other")
-    app = create_app(models=served, bodies=BODIES, aliases=ALIASES, metrics=METRICS)
+    app = create_app(models=ModelNames(served, ALIASES), bodies=BODIES, metrics=METRICS)
     with TestClient(app) as client:
         yield client
 

@@ -15,7 +15,7 @@ from moesaic.actors.endpoint.http import monitoring_server
 from moesaic.actors.endpoint.http.metrics import HttpMetrics
 from moesaic.actors.endpoint.http.monitoring_app import monitoring_app
 from moesaic.actors.runtime.ports import free_port
-from moesaic.actors.serve import controller_link
+from moesaic.actors.serve.replica import controller_link
 from moesaic.cluster.metrics.snapshot import MetricsSnapshot
 from moesaic.cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
 from moesaic.cluster.service.web_guard import WebGuard

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from moesaic.actors.endpoint.http import health as health_file
 from moesaic.actors.endpoint.http.health import Health, ModelHealth
 from moesaic.actors.endpoint.http.probes import add_health
+from moesaic.actors.endpoint.model_names import ModelNames
 from moesaic.actors.engine.engine import Delta, Pooling, Sampling
 from moesaic.cluster.service.progress import STALLED_S, ModelProgress, TrunkHeartbeat
 from moesaic.proto.errors import Busy, EngineError, UnknownModel
@@ -69,7 +70,7 @@ async def test_frozen_full_and_idle_models_side_by_side() -> None:
     clock = Clock()
     models = {name: ModelHealth(clock=clock) for name in ("frozen", "full", "idle")}
     engines = {name: Engine() for name in models}
-    health = Health(models, {"full": ["team/full"]})
+    health = Health(ModelNames(models, {"full": ["team/full"]}))
     streams = [
         models[name].watch(engines[name].generate)("a", [1], ASKED)
         for name, count in (("frozen", 1), ("full", 50))

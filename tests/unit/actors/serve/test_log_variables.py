@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from moesaic.actors.runtime.ray_border import actor_options
-from moesaic.actors.serve.serve_app import build
 from moesaic.cluster.spec.spec import HostGroup
+from tests.helpers.endpoint.serve_app import endpoint_app
 
 
 def of_ingress() -> dict[str, Any]:
-    app: Any = build({}, {})
+    app: Any = endpoint_app({}, {})
     return app._bound_deployment.ray_actor_options
 
 

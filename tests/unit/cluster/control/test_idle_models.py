@@ -127,7 +127,7 @@ def test_a_model_with_new_weights_in_memory_never_sleeps() -> None:
     world.serve("sleepy")
     world.finish(30, seconds=5.0)
     assert not world.asleep
-    assert world.control.lost([ExpertVersion(key, 2)]) == []
+    assert world.control.weights.lost([ExpertVersion(key, 2)]) == []
 
 
 def test_who_needs_an_expert_wakes_its_model() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from moesaic.cluster.placement import ModelRef, ModelShape
-from moesaic.cluster.spec.deployment import Deployment
-from moesaic.cluster.spec.spec import load_spec
+from moesaic.cluster.spec.deployment import DeployedModel, Deployment, PlacedEndpoint
+from moesaic.cluster.spec.monitoring import MonitoringSpec
+from moesaic.cluster.spec.spec import HostGroup, load_spec
 from moesaic.proto.errors import ClusterError
 from tests.helpers.paths import ROOT
 
@@ -18,7 +19,15 @@ def test_a_record_is_read_as_it_was_written(name: str) -> None:
     written = Deployment(
         id="1f",
         spec=load_spec(ROOT / "deploy" / name),
-        models=[(ref, shape)],
+        models=[DeployedModel(ref=ref, shape=shape, top_k=2)],
+        groups={0: HostGroup(count=3), 4: HostGroup(lending="never")},
+        order=[4],
+        endpoint=PlacedEndpoint(
+            host="0.0.0.0",
+            url="http://10.0.0.1:8000",
+            monitoring=MonitoringSpec(port=8002),
+            monitoring_url="http://127.0.0.1:8002",
+        ),
         router="127.0.0.1:8001",
     )
     assert Deployment.from_json(written.to_json()) == written

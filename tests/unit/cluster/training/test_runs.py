@@ -334,12 +334,12 @@ def test_a_trained_model_never_sleeps_and_is_volatile() -> None:
     world.rounds(20.0)
     assert not world.control.idle_models.asleep, "a run trains it"
     world.control.training.renew(run.run, world.now)
-    assert world.control.volatile("m") == []
+    assert world.control.weights.volatile(world.control.models["m"]) == []
     version = world.step()
     world.control.training.end(run.run)
     world.rounds(20.0)
     assert not world.control.idle_models.asleep, "no file has its weights"
-    assert world.control.volatile("m") == [
+    assert world.control.weights.volatile(world.control.models["m"]) == [
         ExpertVersion(key, version) for key in sorted(world.every())
     ]
     for name in world.hosts:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moesaic.cluster.control.operations import (
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
+from moesaic.cluster.placement import ModelShape
+from moesaic.cluster.planner.constraints import (
     unmet_constraints,
     with_min_replicas,
     with_pin,
     without_pin,
 )
-from moesaic.cluster.expert_keys import ExpertKey, LayerKey
-from moesaic.cluster.placement import ModelShape
 from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 

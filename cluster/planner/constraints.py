@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from ..expert_keys import ExpertKey, LayerKey
 from ..placement import ModelShape
-from ..planner.plan import OperatorConstraints, Plan
 from ..reports.placing import LayerPlan, MoveKind, PlannedDrop, PlannedMove, PlanReport
 from ..reports.report import ExpertId, balancedness_of
+from .plan import OperatorConstraints, Plan
 
 
 def check_model(models: Mapping[str, ModelShape], model: str) -> ModelShape:
@@ -96,6 +96,15 @@ def without_host(constraints: OperatorConstraints, host: str) -> OperatorConstra
         constraints,
         pins={key: hosts for key, hosts in pins.items() if hosts},
         leaving=constraints.leaving - {host},
+    )
+
+
+def without_model(constraints: OperatorConstraints, model: str) -> OperatorConstraints:
+    """Remove all constraints on experts of a model, which is not served any more."""
+    return replace(
+        constraints,
+        min_replicas={k: n for k, n in constraints.min_replicas.items() if k.model != model},
+        pins={key: hosts for key, hosts in constraints.pins.items() if key.model != model},
     )
 
 

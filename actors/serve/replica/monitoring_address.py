@@ -8,15 +8,15 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
-from ...cluster.service.web_guard import WebGuard
-from ...cluster.spec.monitoring import MonitoringSpec
-from ..endpoint.http.gate import Gate
-from ..endpoint.http.health import Health
-from ..endpoint.http.metrics import HttpMetrics
-from ..endpoint.http.monitoring_app import PoolSource, monitoring_app
-from ..endpoint.http.monitoring_server import monitoring
-from ..page.page_app import PageSource, add_page
+from ....cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
+from ....cluster.service.web_guard import WebGuard
+from ....cluster.spec.monitoring import MonitoringSpec
+from ...endpoint.http.gate import Gate
+from ...endpoint.http.health import Health
+from ...endpoint.http.metrics import HttpMetrics
+from ...endpoint.http.monitoring_app import PoolSource, monitoring_app
+from ...endpoint.http.monitoring_server import monitoring
+from ...page.page_app import PageSource, add_page
 
 if TYPE_CHECKING:
     from starlette.types import StatelessLifespan

@@ -14,13 +14,13 @@ import ray
 from pydantic import BaseModel
 from ray.exceptions import RayError, RayTaskError
 
-from ...cluster.metrics.snapshot import MetricsSnapshot
-from ...cluster.page_feed.items import FeedRevision, ItemChanges
-from ...cluster.reports.status import ClusterStatus
-from ...proto.errors import InternalError, MoesaicError, NoAnswer, describe_error
-from ..runtime.ray_border import CONTROLLER, last_line
-from ..store.cluster_secret import secret_of
-from .serve_app import QUESTION_TIMEOUT_S
+from ....cluster.metrics.snapshot import MetricsSnapshot
+from ....cluster.page_feed.items import FeedRevision, ItemChanges
+from ....cluster.reports.status import ClusterStatus
+from ....proto.errors import InternalError, MoesaicError, NoAnswer, describe_error
+from ...runtime.ray_border import CONTROLLER, last_line
+from ...store.cluster_secret import secret_of
+from .trunk_client import QUESTION_TIMEOUT_S
 
 T = TypeVar("T")
 

@@ -10,12 +10,13 @@ from typing import Literal
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from ..runtime.garbage import starting_without_collections
-from ..runtime.process_log import begin_process
-from ..runtime.ray_border import cluster_of, namespace_of
-from ..store.start_failures import recording_failure
-from ..tracing.start import trace_if_wanted
-from .replica_port import stay_on_node
+from ...runtime.garbage import starting_without_collections
+from ...runtime.process_log import begin_process
+from ...runtime.ray_border import cluster_of
+from ...store.start_failures import recording_failure
+from ...tracing.start import trace_if_wanted
+from .names import app_namespace, model_of
+from .node_port import stay_on_node
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +30,14 @@ def starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
         yield  # not in a replica: a test's own process
         return
     stay_on_node()
-    name = replica.deployment.removeprefix("Trunk-") if kind == "trunk" else kind
+    name = model_of(replica.deployment) if kind == "trunk" else kind
     # A model may have several trunks.
     process = f"trunk-{name}-{replica.replica_id.unique_id}" if kind == "trunk" else kind
-    with recording_failure(replica.app_name, kind, name):
-        cluster = cluster_of(replica.app_name)
+    namespace = app_namespace(replica.app_name)
+    with recording_failure(namespace, kind, name):
+        cluster = cluster_of(namespace)
         begin_process(kind, name, cluster, process)
-        trace_if_wanted(namespace_of(cluster), kind, process, cluster)
+        trace_if_wanted(namespace, kind, process, cluster)
         with starting_without_collections():
             yield
     log.info("%s is ready", process)

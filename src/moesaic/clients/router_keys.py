@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from urllib.parse import urlsplit
 
-from .proto.errors import ClusterError, Unauthenticated
-from .session import running_sessions
+from ..proto.errors import ClusterError, Unauthenticated
+from ..session import running_sessions
 
 VARIABLE = "MOESAIC_ROUTER_KEY"
 _LEAST, _MOST = 16, 512  # characters
