@@ -28,7 +28,7 @@ from .beginning import Progress, prepare, threads_of_trunks
 from .deploy import deploy_ingress, place_monitoring, saying_why, wait_endpoint
 from .launch import wait_loaded
 from .replica.ingress_plan import fixed_part
-from .replica.names import trunk_app
+from .replica.names import INGRESS, trunk_app
 from .serve_border import app_name, end_apps, find_serve
 from .trunk_apps import deploy_trunks, trunk_version
 
@@ -219,7 +219,8 @@ class IngressCaller:
     """Calls the ingress from a Ray actor of its own, like `draining.IngressDrain`."""
 
     def __init__(self, app: str) -> None:
-        self._ingress: Any = serve.get_app_handle(app)
+        # While Serve deploys the application again, it says that it does not exist.
+        self._ingress: Any = serve.get_deployment_handle(INGRESS, app, _check_exists=False)
 
     def refresh(self) -> list[str]:
         return self._ingress.refresh.remote().result(timeout_s=ASK_S)

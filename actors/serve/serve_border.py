@@ -155,8 +155,7 @@ def start_serve(place: ServeAddress, name: str) -> None:
     """Start Serve for the cluster ``name``, unless it runs."""
     if place.serve_runs:
         return
-    # Serve logs every step to whoever starts it; its import has set this level.
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    quiet_serve()
     door = f"{middlewares.__module__}.{middlewares.__name__}"
     serve.start(
         proxy_location="HeadOnly",
@@ -165,6 +164,14 @@ def start_serve(place: ServeAddress, name: str) -> None:
         controller_options=ControllerOptions(runtime_env={"env_vars": {HOOK: door}}),
     )
     _internal_kv_put(_STARTED_BY, name, overwrite=True, namespace=_STORE)
+
+
+def quiet_serve() -> None:
+    """Let Serve's library log warnings only: it logs every step to whoever uses it.
+
+    Its import has set another level.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def leave_serve(cluster: str, *, patience_s: float = LEAVE_S) -> None:
@@ -185,6 +192,7 @@ def end_apps(apps: Collection[str], patience_s: float = LEAVE_S) -> None:
 
     Raises ClusterError.
     """
+    quiet_serve()
     for app in apps:
         serve.delete(app, _blocking=False)
     patient_until = time.monotonic() + patience_s

@@ -26,6 +26,7 @@ from ..runtime.ray_border import actor_options, namespace_of
 from ..trunk.engine_factory import EngineFactory
 from .replica.names import trunk_app, trunk_name
 from .replica.trunk import Trunk, ending_s, versioned
+from .serve_border import quiet_serve
 
 
 def deploy_trunks(deployment: Deployment, models: Collection[str]) -> None:
@@ -36,6 +37,7 @@ def deploy_trunks(deployment: Deployment, models: Collection[str]) -> None:
     """
     targets = [_target(deployment, one.ref) for one in deployment.models if one.ref.name in models]
     if targets:
+        quiet_serve()
         serve.run_many(targets, wait_for_applications_running=False)
 
 

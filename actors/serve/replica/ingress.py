@@ -28,6 +28,7 @@ from ...runtime.ray_border import HEAD_NODE
 from .controller_link import in_thread
 from .ingress_plan import IngressPlan, ModelPlan
 from .monitoring_address import Watched
+from .names import INGRESS
 from .starting import starting
 from .trunk import MAX_ONGOING, ending_s, versioned
 from .trunk_client import TrunkClient
@@ -57,7 +58,7 @@ class _Part:
 # With the surge its successor answers before it refuses requests; the monitoring's port is the
 # successor's when it has ended.
 @serve.deployment(
-    name="Ingress",
+    name=INGRESS,
     max_ongoing_requests=2 * MAX_ONGOING,
     graceful_shutdown_wait_loop_s=0.2,
     max_constructor_retry_count=1,

@@ -7,6 +7,10 @@ model (the model's trunks). No cluster's name has a colon, but a model's may.
 from __future__ import annotations
 
 
+# The name of the deployment of an ingress.
+INGRESS = "Ingress"
+
+
 def trunk_app(namespace: str, model: str) -> str:
     """Return the name of the application of a model's trunks."""
     return f"{namespace}:{model}"

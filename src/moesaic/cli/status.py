@@ -39,7 +39,7 @@ def read_status(name: str) -> StatusDocument:
             found = client.status()
         cluster, healthy, engines = found.cluster, found.healthy, found.engines
     return StatusDocument(
-        name=name,
+        name=session.name,
         url=session.url,
         monitoring_url=session.monitoring,
         healthy=healthy,
