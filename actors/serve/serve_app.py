@@ -60,6 +60,7 @@ from ..engine.traced import trace_id_of, traced_call, traced_generate
 from ..page.page_app import PageSource
 from ..runtime.log_settings import log_runtime_env
 from ..runtime.ray_border import HEAD_NODE, last_line
+from .first_token import make_first_token
 from .monitoring_address import ClusterStatusSource, Watched
 from .replica_start import starting
 
@@ -130,6 +131,7 @@ class Trunk:
         with starting("trunk"):
             self._engine = engine_factory()
             self._engine.start()
+            make_first_token(self._engine, START_TIMEOUT_S)
 
     async def generate(
         self,
