@@ -99,7 +99,13 @@ class GatedEngine(ScriptedEngine):
 class BrokenEngine(ScriptedEngine):
     """Starts, and makes no token."""
 
-    async def generate(self, *_: object) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
+    ) -> AsyncGenerator[Delta, None]:
         raise EngineError("its forward pass is broken")
         yield
 

@@ -54,7 +54,7 @@ def test_an_idle_host_is_ready_once_a_controller_has_its_report(host: ExpertHost
 def test_each_question_has_a_name(host: ExpertHost) -> None:
     host.report(term=1)
     with grpc.insecure_channel(host.entry().grpc_address) as channel:
-        stub = health_pb2_grpc.HealthStub(show_proof(channel, proof_for(host)))
+        stub: Any = health_pb2_grpc.HealthStub(show_proof(channel, proof_for(host)))
         for name in HostAnswers._fields:
             request = health_pb2.HealthCheckRequest(service=name)
             answer = stub.Check(request, timeout=DEADLINE_S)
@@ -125,10 +125,11 @@ def test_a_probe_that_is_not_answered_ends_at_its_deadline() -> None:
 def _anything() -> grpc.GenericRpcHandler:
     """Answers every health check with yes, and proves nothing."""
     yes = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
-    answer = health_pb2.HealthListResponse(statuses=dict.fromkeys(HostAnswers._fields, yes))
+    pb2: Any = health_pb2  # its type stubs lack `List`
+    answer = pb2.HealthListResponse(statuses=dict.fromkeys(HostAnswers._fields, yes))
     handler = grpc.unary_unary_rpc_method_handler(
         lambda request, context: answer,
-        request_deserializer=health_pb2.HealthListRequest.FromString,
-        response_serializer=health_pb2.HealthListResponse.SerializeToString,
+        request_deserializer=pb2.HealthListRequest.FromString,
+        response_serializer=pb2.HealthListResponse.SerializeToString,
     )
     return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"List": handler})

@@ -57,7 +57,13 @@ class Engine:
 class Silent(Engine):
     """Makes no token, and ends when it is given up."""
 
-    async def generate(self, *_: Any) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
+    ) -> AsyncGenerator[Delta, None]:
         try:
             await asyncio.sleep(DEADLINE_S)
             yield Delta((0,), "length")
