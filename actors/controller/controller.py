@@ -427,7 +427,6 @@ class Controller:
         except (RayActorError, ValueError) as error:
             self._hosts.died(host, restarting="unavailable" in str(error).lower())
             return None
-        self._hosts.reported(host, report)
         seen = Observation(
             entry=report.entry,
             holdings=without(report.holdings, forgetting),
@@ -439,7 +438,11 @@ class Controller:
         )
         # Nothing is placed on a host before its listener has answered. What one holds already stays
         # placed: routers reach it from where they are, and judge it themselves.
-        return seen if not seen.bare or await self._probing.reached(report.entry) else "late"
+        if seen.bare and not await self._probing.reached(report.entry):
+            self._hosts.unreached(host, report)
+            return "late"
+        self._hosts.reported(host, report)
+        return seen
 
     async def _plan(self, command: MakePlan) -> None:
         """Run the planner in its own thread: a large pool takes seconds, and ticks go on."""

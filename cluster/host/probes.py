@@ -100,12 +100,14 @@ class HostProbes:
     def obstacle(self, state: HostState, entry: HostEntry | None, now: float) -> str | None:
         """Return why a host is not ready, in words; None: it is."""
         at = self._pass(now)
-        if entry is None or state not in LISTED:
+        if entry is None:
             return f"it is {state.words}"
         known = self._hosts.get(entry.host)
         if known is None or known.incarnation != entry.incarnation or known.answered_at is None:
             why = known.failure if known and known.incarnation == entry.incarnation else ""
             return f"its listener at {entry.grpc_address} has not answered yet{_because(why)}"
+        if state not in LISTED:
+            return f"it is {state.words}"
         age_s = at - known.answered_at
         if age_s >= self.recent_s:
             return (
