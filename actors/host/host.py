@@ -24,6 +24,7 @@ from ...cluster.card_memory import CardShare
 from ...cluster.expert_keys import ExpertKey, ExpertVersion
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.fence import Fence
+from ...cluster.host.probes import PROBE_TIMEOUT_S
 from ...cluster.host.questions import HostQuestions
 from ...cluster.host.residency import HostLimits, LayerShape, Residency
 from ...cluster.host_answers import HostAnswers
@@ -58,8 +59,6 @@ from .weight_store import ExpertStore, ServedWeights, open_model
 
 # Time limit for fetching one expert from a peer.
 FETCH_TIMEOUT_S = 60.0
-# Time limit for a call to the host's own listener.
-PROBE_S = 2.0
 
 
 # How often a waiting report checks for new batches: the loop does not signal them.
@@ -175,7 +174,7 @@ class ExpertHost:
     def probe(self) -> HostAnswers:
         """Call this host's own listener, and return what it answers. Raises MoesaicError."""
         proof = self._secret.proof("health", self._entry.target)
-        return probe(self._entry.grpc_address, proof, PROBE_S).result()
+        return probe(self._entry.grpc_address, proof, PROBE_TIMEOUT_S).result()
 
     def load(
         self,

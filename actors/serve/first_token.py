@@ -16,6 +16,7 @@ wait for in any trunk, do not keep a new one from starting: its token is made wi
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -23,6 +24,8 @@ from contextlib import aclosing
 from ...cluster.routing.expert_options import MissingExpert
 from ...proto.errors import EngineError, ExpertUnavailable
 from ..engine.engine import Engine, Sampling
+
+log = logging.getLogger(__name__)
 
 # Every model has a token of this number.
 _PROMPT = (0,)
@@ -32,8 +35,8 @@ _WITHOUT_A_FEW = Sampling(
 _WAITING = Sampling(max_tokens=1)
 
 
-def make_first_token(engine: Engine, timeout_s: float) -> float:
-    """Let a started engine generate one token, and return how long it took, in seconds.
+def make_first_token(engine: Engine, timeout_s: float) -> None:
+    """Let a started engine generate one token.
 
     If more than half of the token's experts are missing, it waits for them as requests do. Raises
     what keeps requests from being answered: EngineError also after ``timeout_s``,
@@ -62,4 +65,4 @@ def make_first_token(engine: Engine, timeout_s: float) -> float:
                 f"the trunk has made no token for {timeout_s:g} s after its start; see "
                 "`moesaic status` for its hosts"
             ) from None
-    return time.monotonic() - began
+    log.info("the trunk has made its first token in %.2f s", time.monotonic() - began)

@@ -73,7 +73,7 @@ class Silent(Engine):
 
 def test_it_is_one_token_of_one_request() -> None:
     engine = Engine()
-    assert make_first_token(engine, DEADLINE_S) >= 0
+    make_first_token(engine, DEADLINE_S)
     (sampling,) = engine.asked
     assert sampling.max_tokens == 1
 
