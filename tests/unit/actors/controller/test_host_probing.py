@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from moesaic.cluster.host_answers import HostAnswers
 from moesaic.cluster.placement import HostEntry
 from moesaic.cluster.reports.report import HostState
 from moesaic.proto.errors import HostLost
+from moesaic.proto.keys import ClusterSecret
 from tests.helpers.cluster.fake_clock import FakeClock
 from tests.helpers.cluster.worlds import entry
 
@@ -107,3 +110,41 @@ async def test_a_probe_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_host_without_a_report_is_not_ready() -> None:
     hosts = Hosts()
     assert hosts.probing.obstacle("a") is not None
+
+
+@pytest.mark.parametrize(
+    ("node", "address", "itself"),
+    [
+        ("here", "127.0.0.1:5", False),
+        ("there", "10.0.0.2:5", False),
+        ("there", "[fd00::2]:5", False),
+        ("there", "127.0.0.1:5", True),
+        ("there", "[::1]:5", True),
+    ],
+)
+async def test_a_listener_that_only_its_machine_reaches_is_called_by_the_host(
+    monkeypatch: pytest.MonkeyPatch, node: str, address: str, itself: bool
+) -> None:
+    called: list[object] = []
+
+    async def asked_over_ray() -> HostAnswers:
+        called.append("itself")
+        return WELL
+
+    def probe(address: str, proof: bytes, timeout_s: float) -> Future[HostAnswers]:
+        called.append((address, proof))
+        found: Future[HostAnswers] = Future()
+        found.set_result(WELL)
+        return found
+
+    secret = ClusterSecret.new()
+    here = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr(host_probing, "ray", SimpleNamespace(get_runtime_context=lambda: here))
+    monkeypatch.setattr(host_probing, "secret_of", lambda namespace: secret)
+    monkeypatch.setattr(host_probing, "probe", probe)
+    handle = SimpleNamespace(probe=SimpleNamespace(remote=asked_over_ray))
+    hosts: Any = SimpleNamespace(handle=lambda host: handle)
+    host = replace(entry("a"), node=node, grpc_address=address)
+    assert await host_probing.prober(hosts, "ns")(host) == WELL
+    direct = (address, secret.proof("health", host.target))
+    assert called == ["itself" if itself else direct]
