@@ -16,7 +16,7 @@ from typing import Final, Literal, NamedTuple, NoReturn
 
 SECRET_BYTES: Final = 32
 # The service that a connection is for.
-Plane = Literal["experts", "weights", "shm", "bulk"]
+Plane = Literal["experts", "weights", "health", "shm", "bulk"]
 
 
 def target(host: str, incarnation: int) -> str:

@@ -45,6 +45,7 @@ from .events import Events
 from .host_actors import HostActors
 from .host_orders import HostOrders
 from .host_polling import HostPolling, PollResult
+from .host_probing import HostProbing, prober
 from .host_provisioner import HostProvisioner, HostStarter
 from .operations import Operations
 from .overview import LoopState, Overview
@@ -91,6 +92,7 @@ class Controller:
             self._adopt(one.ref, one.shape)
         store_updates(namespace, self._term, self._control.snapshot())
         self._hosts = HostActors(namespace)
+        self._probing = HostProbing(self._hosts, prober(self._hosts, namespace), clock)
         self._polling = HostPolling(self._observe, self._wake.set, clock)
         self._orders = HostOrders(
             control=self._control,
@@ -139,6 +141,7 @@ class Controller:
             control=self._control,
             hosts=self._hosts,
             orders=self._orders,
+            probing=self._probing,
             sizing=self._sizing,
             training=self._training,
             watchdog=self._watchdog,
@@ -446,8 +449,7 @@ class Controller:
         except (RayActorError, ValueError) as error:
             self._hosts.died(host, restarting="unavailable" in str(error).lower())
             return None
-        self._hosts.reported(host, report)
-        return Observation(
+        seen = Observation(
             entry=report.entry,
             holdings=without(self._reshaping.own_holdings(host, report), forgetting),
             loading=report.loading > 0 or self._orders.moves_experts(host),
@@ -456,6 +458,13 @@ class Controller:
             run=report.run,
             owned=report.owned,
         )
+        # Nothing is placed on a host before its listener has answered. What one holds already stays
+        # placed: routers reach it from where they are, and judge it themselves.
+        if seen.bare and not await self._probing.reached(report.entry):
+            self._hosts.unreached(host, report)
+            return "late"
+        self._hosts.reported(host, report)
+        return seen
 
     async def _plan(self, command: MakePlan) -> None:
         """Run the planner in its own thread: a large pool takes seconds, and ticks go on."""

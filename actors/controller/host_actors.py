@@ -91,6 +91,10 @@ class HostActors:
         self.reports[host] = report
         self._states[host] = HostState.LOADING if report.loading else HostState.UP
 
+    def unreached(self, host: str, report: HostReport) -> None:
+        """Take note of a host that reports, but whose listener has never answered: it starts."""
+        self.reports[host] = report
+
     def late(self, host: str) -> None:
         """Take note that a host did not answer in time."""
         if self._states.get(host) is not HostState.NOT_ANSWERING and host not in self._dead:

@@ -37,6 +37,7 @@ from ..host.report import HostReport
 from ..router_service.service_actor import ServiceWatch
 from .host_actors import HostActors
 from .host_orders import HostOrders
+from .host_probing import HostProbing
 from .sizing import Sizing
 from .training import Training
 
@@ -69,6 +70,7 @@ class Overview:
     control: Control
     hosts: HostActors
     orders: HostOrders
+    probing: HostProbing
     sizing: Sizing
     training: Training
     watchdog: Watchdog
@@ -228,22 +230,23 @@ class Overview:
         watched_at = -QUIET_WATCH_S
         while True:
             now = self.clock()
-            if is_quiet() and now - watched_at < QUIET_WATCH_S:
-                await asyncio.sleep(WATCH_S)
-                continue
-            watched_at = now
             try:
-                self.rates.note(
-                    {host: _counters(report) for host, report in self.hosts.reports.items()}, now
-                )
-                self._vitals(now)
+                self.probing.look()
+                if not is_quiet() or now - watched_at >= QUIET_WATCH_S:
+                    watched_at = now
+                    self._take_readings(now)
                 self.loop.watch_error = ""
-                self._note_events()
             except Exception as error:
                 # A failure here must not stop the controller. `status` shows it; try again.
                 self.loop.watch_error = f"watchdog: {describe_error(error)}"
                 log.exception("the controller's watchdog failed, and tries again")
             await asyncio.sleep(WATCH_S)
+
+    def _take_readings(self, now: float) -> None:
+        counters = {host: _counters(report) for host, report in self.hosts.reports.items()}
+        self.rates.note(counters, now)
+        self._vitals(now)
+        self._note_events()
 
     def _vitals(self, now: float) -> Vitals:
         hosts = self.control.view.hosts
@@ -303,6 +306,7 @@ class Overview:
         if host in obstacles:
             obstacle = f"draining; {obstacles[host]}"
         report, known = self.hosts.reports.get(host), self.control.view.hosts[host]
+        unready = self.probing.obstacle(host)
         return HostStatus(
             name=host,
             state=self.hosts.state(host),
@@ -311,6 +315,8 @@ class Overview:
             process=None if report is None else report.process(),
             slots=self.control.loader.slots.get(host, known.slots),
             memory_limit_bytes=known.memory_bytes,
+            ready=unready is None,
+            unready_reason=unready,
         )
 
 

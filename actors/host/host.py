@@ -24,7 +24,10 @@ from ...cluster.card_memory import CardShare
 from ...cluster.expert_keys import ExpertKey, ExpertVersion
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.fence import Fence
+from ...cluster.host.probes import PROBE_TIMEOUT_S
+from ...cluster.host.questions import HostQuestions
 from ...cluster.host.residency import HostLimits, LayerShape, Residency
+from ...cluster.host_answers import HostAnswers
 from ...cluster.placement import HostEntry, ModelRef
 from ...cluster.routing.transports import TransportChoice, groups_of
 from ...cluster.training.orders import Answer, Order
@@ -41,6 +44,7 @@ from ..runtime.garbage import return_freed_memory
 from ..transport.base import Listener
 from ..transport.bulk.links import BulkLinks
 from ..transport.bulk.server import BulkServer
+from ..transport.grpc.health import probe
 from ..transport.grpc.stream import GrpcListener
 from ..transport.grpc.weights import get_weights
 from ..transport.shm import ShmListener
@@ -115,6 +119,7 @@ class ExpertHost:
         self._load_lock = threading.Lock()
         self._fence = Fence()
         self._fence_lock = threading.Lock()
+        self.questions = HostQuestions(clock)
         self._secret = secret or secret_of_process()
         meant = target(name, self.incarnation)
         self._links = BulkLinks(node, self._secret)
@@ -127,6 +132,7 @@ class ExpertHost:
             f"{bind}:0",
             weights=_Weights(self),
             bulk=self.training,
+            health=self.questions,
             device=self._store.device,
             groups=groups_of(transport, device_name(self._store.device)),
             fits=partial(check_fit, self._residency),
@@ -149,6 +155,7 @@ class ExpertHost:
         lends = lends and self._residency.policy.emulate is None
         self._loop = HostLoop(name, self._store, self._residency, listeners, clock, lends=lends)
         self._loop.start()
+        self.questions.started(lambda: self._loop.turned_at)
         self._adoption.check(self._drop_unsound)
         log.info(
             "host %s is ready for calls",
@@ -163,6 +170,11 @@ class ExpertHost:
 
     def entry(self) -> HostEntry:
         return self._entry
+
+    def probe(self) -> HostAnswers:
+        """Call this host's own listener, and return what it answers. Raises MoesaicError."""
+        proof = self._secret.proof("health", self._entry.target)
+        return probe(self._entry.grpc_address, proof, PROBE_TIMEOUT_S).result()
 
     def load(
         self,
@@ -300,6 +312,7 @@ class ExpertHost:
         with self._fence_lock:
             if term is not None:
                 self._fence.look(term, given_up)
+                self.questions.listed()
             holdings = self._residency.holdings()
         return HostReport(
             entry=self._entry,
@@ -331,6 +344,7 @@ class ExpertHost:
 
     def leave(self) -> None:
         """Let the memory end with this process: no successor will come for it."""
+        self.questions.left()
         if self._kept is not None:
             self._kept.close()
 

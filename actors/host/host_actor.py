@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ...cluster.expert_keys import ExpertVersion
     from ...cluster.host.emulation import Emulation
     from ...cluster.host.residency import HostLimits
+    from ...cluster.host_answers import HostAnswers
     from ...cluster.placement import HostEntry, ModelRef
     from ...cluster.routing.transports import TransportChoice
     from ...cluster.training.orders import Answer, Order
@@ -82,6 +83,9 @@ class RayExpertHost:
 
     def entry(self) -> HostEntry:
         return self._host.entry()
+
+    def probe(self) -> HostAnswers:
+        return self._host.probe()
 
     def load(
         self,

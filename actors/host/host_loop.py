@@ -86,7 +86,7 @@ class HostLoop:
         self._poller.register(self._posted.fileno())
         for listener in listeners:
             self._poller.register(listener.fileno())
-        self._look_at = clock()
+        self._look_at = self.turned_at = clock()
         self._stopping = False
         self._refused = 0
         self._device = Device(residency.policy.emulate, clock)
@@ -197,6 +197,7 @@ class HostLoop:
 
     def turn(self, ready: Iterable[int]) -> bool:
         """Handle what has arrived there, and compute one batch; return whether calls still wait."""
+        self.turned_at = self._clock()
         self._hear(ready)
         self._lend()
         self._work()

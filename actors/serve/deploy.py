@@ -24,7 +24,7 @@ from ..store.start_failures import PartKind, StartFailure, describe_failures
 from .replica.ingress import ingress
 from .replica.ingress_plan import StoredPlan, fixed_part
 from .replica.names import trunk_app
-from .replica.trunk_client import START_TIMEOUT_S
+from .replica.trunk import START_TIMEOUT_S
 from .serve_border import (
     ServeAddress,
     app_name,

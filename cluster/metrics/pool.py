@@ -87,6 +87,7 @@ def _hosts(found: Families, snapshot: MetricsSnapshot) -> None:
     for host in status.hosts:
         name = host.name
         found.add("host_state", 1, host=name, state=host.state.value)
+        found.add("host_ready", host.ready, host=name)
         found.add("host_draining", name in status.balancing.draining_hosts, host=name)
         found.add("host_slots", host.slots, host=name)
         found.add("host_memory_limit_bytes", host.memory_limit_bytes, host=name)

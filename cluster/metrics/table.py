@@ -102,6 +102,9 @@ moesaic_hosts | state | hosts
     hosts by state; a state without hosts is 0
 moesaic_host_state | host state | 1
     the state of the host, in the label
+moesaic_host_ready | host | 0 or 1
+    1 if the controller lists the host and its listener has answered a probe within the last
+    seconds
 moesaic_host_draining | host | 0 or 1
     1 if the host must become empty: drained by an operator, or leaving
 moesaic_host_start_time_seconds | host | seconds since 1970

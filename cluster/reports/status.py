@@ -225,6 +225,11 @@ class HostStatus(Report):
     """Replicas for which it has room; null: its memory decides."""
     memory_limit_bytes: int | None = None
     """Memory that its experts may take, from the spec; null: only its slots bound them."""
+    ready: bool | None = None
+    """Whether it takes calls: the controller lists it, and its listener has answered a probe within
+    the last seconds. null: the cluster is older and does not say."""
+    unready_reason: str | None = None
+    """Why it is not ready, in words; null if it is."""
 
 
 class ModelStatus(Report):

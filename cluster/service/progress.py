@@ -3,7 +3,8 @@
 A model is ready unless work is pending and its engine made no step for `STALLED_S`. So an idle or
 sleeping model is ready, and so is a full one whose steps go on. If work ended because a trunk was
 lost, or while no step was made, the model is in doubt. That counts as pending work until a step or
-an idle engine is seen; otherwise a frozen trunk would look ready once its callers had given up.
+an idle engine is seen; otherwise a frozen trunk would look ready once its callers had given up. A
+probe puts an idle model in doubt, too: it is work that the trunk does by saying that it is idle.
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ class ModelProgress:
             self._steps.clear()
         self._pending += 1
 
+    def probed(self, now: float) -> None:
+        """Note that somebody asks whether the model is ready.
+
+        A model that may have no trunk is left alone, since asking its engine would start one.
+        """
+        if not self.in_question and not self._wake_s:
+            self._moved_at = self._began_at = now
+            self._steps.clear()
+            self._doubted = True
+
     def moved(self, now: float) -> None:
         """Note that a token or an answer arrived."""
         self._moved_at = now
@@ -83,7 +94,7 @@ class ModelProgress:
 
     @property
     def in_question(self) -> bool:
-        """Whether work is pending or was lost."""
+        """Whether work is pending or was lost, or the trunk of an idle model has yet to answer."""
         return self._pending > 0 or self._doubted
 
     def is_ready(self, now: float) -> bool:

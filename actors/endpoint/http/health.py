@@ -1,9 +1,9 @@
 """Answer probes: whether this process lives, has started, and whether its models make progress.
 
 The ingress sees its own requests and their tokens. That is enough, unless a long prompt takes many
-steps before its first token, or work was lost. Only then a task asks the trunk, with a deadline;
-probes never wait for it and are answered at once from what is known. A trunk without pending
-requests is never asked, so that a sleeping model stays asleep.
+steps before its first token, work was lost, or the model is idle. Only then a task asks the trunk,
+with a deadline; probes never wait for it and are answered at once from what is known. An idle trunk
+is asked because of a probe, and never if it may have been scaled away: it would start again.
 """
 
 from __future__ import annotations
@@ -66,6 +66,12 @@ class ModelHealth:
     def is_ready(self) -> bool:
         return self._progress.is_ready(self._clock())
 
+    def probed(self) -> None:
+        """Ask an idle trunk, behind the answer to a probe; the next probe says what was heard."""
+        if self._hear is not None:
+            self._progress.probed(self._clock())
+            self._keep_looking()
+
     def watch(self, generate: Generate) -> Generate:
         """Return ``generate``, wrapped so that requests and tokens are noted."""
 
@@ -113,6 +119,9 @@ class ModelHealth:
 
     def _began(self) -> None:
         self._progress.began(self._clock())
+        self._keep_looking()
+
+    def _keep_looking(self) -> None:
         if self._hear is not None and (self._looking is None or self._looking.done()):
             self._looking = asyncio.create_task(self._look(self._hear))
 
@@ -167,4 +176,6 @@ class Health:
         if model is not None and model not in self._models:
             raise UnknownModel("there is no such model", param="model")
         asked = self._models.values() if model is None else (self._models[model],)
+        for one in asked:
+            one.probed()
         return not self._leaving() and all(one.is_ready for one in asked)

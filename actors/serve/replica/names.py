@@ -6,7 +6,6 @@ model (the model's trunks). No cluster's name has a colon, but a model's may.
 
 from __future__ import annotations
 
-
 # The name of the deployment of an ingress.
 INGRESS = "Ingress"
 

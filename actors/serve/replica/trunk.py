@@ -40,6 +40,7 @@ from ...engine.engine import (
     TokenLogprob,
 )
 from ...engine.traced import trace_id_of, traced_generate
+from .first_token import make_first_token
 from .starting import starting
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 MAX_ONGOING = 4096
 # For an engine to close.
 CLOSE_S = 15.0
+# Building a trunk reads a checkpoint, which may be large.
+START_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class Trunk:
         with starting("trunk"):
             self._engine = engine_factory()
             self._engine.start()
+            make_first_token(self._engine, START_TIMEOUT_S)
 
     async def generate(
         self,

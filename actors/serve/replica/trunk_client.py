@@ -16,7 +16,7 @@ from ....cluster.service.progress import TrunkHeartbeat
 from ....proto.errors import Busy, EngineError
 from ...engine.engine import Delta, Pooling, RequestLimits, Sampling
 from ...runtime.ray_border import last_line
-from .trunk import ErrorValue, Item
+from .trunk import START_TIMEOUT_S, ErrorValue, Item
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 QUESTION_TIMEOUT_S = 5.0
 # After this long without a token the client asks the trunk whether it is alive.
 PATIENCE_S = 15.0
-# Building a trunk reads a checkpoint, which may be large.
-START_TIMEOUT_S = 600.0
 
 _FULL = "the model's trunks have as many requests as they can take; try again later"
 

@@ -29,6 +29,7 @@ _PROOF, _ANSWER = "moesaic-proof-bin", "moesaic-answer-bin"
 _KEY, _SCHEME = "authorization", "bearer"
 # The services of a host: the prefixes of their methods on the wire.
 _EXPERTS, _WEIGHTS = "/moesaic.v1.Experts/", "/moesaic.v1.Weights/"
+_HEALTH = "/grpc.health.v1.Health/"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -252,6 +253,7 @@ class HostAuthInterceptor(_AuthInterceptor):
         self._proofs = {
             _EXPERTS: secret.proof("experts", target),
             _WEIGHTS: secret.proof("weights", target),
+            _HEALTH: secret.proof("health", target),
         }
 
     def _proof(self, method: str) -> bytes | None:

@@ -60,6 +60,7 @@ from .border import (
     close_channel,
     from_grpc,
 )
+from .health import HostHealth, add_health
 from .inbox import STALL_S, Inbox
 from .interceptors import HostAuthInterceptor, check_answer, show_proof
 from .outbox import Outbox
@@ -294,6 +295,7 @@ class GrpcListener:
         *,
         weights: WeightsStore | None = None,
         bulk: BulkStore | None = None,
+        health: HostHealth | None = None,
         max_held_bytes: int = 256 << 20,
         device: torch.device = _CPU,
         groups: Collection[str] = (),
@@ -303,7 +305,8 @@ class GrpcListener:
     ) -> None:
         """Listen on ``bind`` (ip:port; port 0: any free one).
 
-        ``weights`` are experts that hosts load, and ``bulk`` a training run's tensors.
+        ``weights`` are experts that hosts load, and ``bulk`` a training run's tensors; ``health``
+        answers health checks.
         ``device`` is the device for NCCL, and ``groups`` are the backends that routers may ask for.
         ``fits`` raises CallError for a call that fits no model; it is asked before memory is
         allocated for a call in chunks or in a group. Only members of the cluster that has
@@ -326,6 +329,8 @@ class GrpcListener:
         if weights is not None or bulk is not None:
             self._weights = Weights(weights, bulk, self._stalls)
             add_WeightsServicer_to_server(self._weights, self._server)
+        if health is not None:
+            add_health(health, self._server)
         try:
             port = self._server.add_insecure_port(bind)
         except RuntimeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
+from ..cluster.reports.report import HostState
 from ..cluster.reports.status import (
     CardStatus,
     ClusterStatus,
@@ -102,10 +103,12 @@ def _print_hosts(hosts: list[HostStatus]) -> None:
     shown = table("host", "state", "device", ">experts", ">weights", ">memory", ">calls", ">queue")
     for host in hosts:
         cells = [""] * 6 if host.process is None else _cells(host.process)
-        shown.add_row(host.name, host.state.words, *cells)
+        state = host.state.words + (", not ready" if _is_up_but_unready(host) else "")
+        shown.add_row(host.name, state, *cells)
     out.print(shown)
     for host in hosts:
-        for words in (host.obstacle, host.error):
+        unready = f"not ready: {host.unready_reason}" if _is_up_but_unready(host) else None
+        for words in (unready, host.obstacle, host.error):
             if words is not None:
                 out.print(f"[yellow]{host.name}: {escape(words)}[/yellow]")
     for host in hosts:
@@ -115,6 +118,12 @@ def _print_hosts(hosts: list[HostStatus]) -> None:
                 f"[yellow]{host.name}: {process.overrun_batches:,} batches took longer than the "
                 f"emulated device, by up to {1e3 * process.worst_overrun_s:.1f} ms[/yellow]"
             )
+
+
+def _is_up_but_unready(host: HostStatus) -> bool:
+    """Return whether a host is not ready although its state does not say so."""
+    absent = (HostState.STARTING, HostState.RESTARTING, HostState.GONE)
+    return host.ready is False and host.state not in absent
 
 
 def _print_node(node: NodeStatus) -> None:

@@ -109,7 +109,9 @@ def cluster_report(**changed: Any) -> ClusterStatus:
 
 
 def host_report(name: str, **changed: Any) -> HostStatus:
-    host = HostStatus(name=name, state=HostState.UP, obstacle=None, error=None, process=PROCESS)
+    host = HostStatus(
+        name=name, state=HostState.UP, obstacle=None, error=None, process=PROCESS, ready=True
+    )
     return host.model_copy(update=changed)
 
 

@@ -6,15 +6,18 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
 from moesaic.actors.engine.engine import Delta, EngineStats, RequestLimits, Sampling
 from moesaic.cluster.reports.status import ClusterStatus
-from moesaic.proto.errors import ERRORS, RequestError
+from moesaic.proto.errors import ERRORS, EngineError, RequestError
 from tests.helpers.cluster.reports import cluster_report, host_report
 
 CODES = sorted(ERRORS)
 # First token of a prompt: what to do. Above these: raise the error of that number in CODES.
 COUNT, WAIT, DIE, DEFECT, SLOWLY = range(5)
+# The variable that names the file of `GatedEngine`.
+GATE = "MOESAIC_TEST_GATE"
 # Of a token of SLOWLY.
 SLOW_S = 0.5
 ERROR, LATE_ERROR = 100, 200
@@ -77,8 +80,46 @@ class ScriptedEngine:
         pass
 
 
+class GatedEngine(ScriptedEngine):
+    """Makes its first token once the file that `GATE` names is away."""
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
+    ) -> AsyncGenerator[Delta, None]:
+        while self.steps == 0 and Path(os.environ[GATE]).exists():
+            await asyncio.sleep(0.05)
+        async for delta in super().generate(request_id, prompt_ids, sampling, already):
+            yield delta
+
+
+class BrokenEngine(ScriptedEngine):
+    """Starts, and makes no token."""
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
+    ) -> AsyncGenerator[Delta, None]:
+        raise EngineError("its forward pass is broken")
+        yield
+
+
 def scripted_engine() -> ScriptedEngine:
     return ScriptedEngine()
+
+
+def gated_engine() -> ScriptedEngine:
+    return GatedEngine()
+
+
+def broken_engine() -> ScriptedEngine:
+    return BrokenEngine()
 
 
 async def cluster_status() -> ClusterStatus:

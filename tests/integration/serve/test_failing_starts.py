@@ -17,6 +17,7 @@ import moesaic
 from moesaic.actors.serve import deploy, trunk_apps
 from moesaic.cli.main import main
 from moesaic.proto.errors import ClusterError
+from tests.helpers.endpoint.scripted import broken_engine
 from tests.helpers.models.architectures import tiny_model
 from tests.helpers.models.quantising import fp8
 from tests.helpers.models.tiny import tiny_tokenizer
@@ -103,6 +104,13 @@ def test_a_trunk(tmp_path: Path, capsys: Capture) -> None:
     assert said.endswith(f"; `moesaic logs trunk --name {NAME}` has more")
     assert main(["logs", "trunk", "--name", NAME]) == 0
     assert f"moesaic: trunk m of {NAME}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_trunk_that_makes_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "EngineFactory", lambda config: broken_engine)
+    words = "the trunk of model 'm' did not start: EngineError: its forward pass is broken"
+    assert start(folder).startswith(f"endpoint: {words}")
 
 
 @pytest.mark.slow

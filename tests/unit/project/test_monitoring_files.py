@@ -117,7 +117,6 @@ UNSEEN = {
         "controller_ticks_total",
         "placement_epoch",
         "model_experts",
-        "host_state",
         "host_draining",
         "host_slots",
         "host_memory_limit_bytes",

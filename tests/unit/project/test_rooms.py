@@ -39,7 +39,7 @@ cluster/tracing                     -
 cluster/service                     proto
 cluster/load                        cluster
 cluster/batching                    cluster
-cluster/host                        proto cluster
+cluster/host                        proto cluster cluster/reports
 cluster/routing                     cluster cluster/load
 cluster/planner                     cluster cluster/reports
 cluster/training                    proto cluster
@@ -103,10 +103,12 @@ actors/router_service               proto kernels models/trunk cluster cluster/b
                                     actors/store actors/transport actors/transport/grpc
                                     actors/engine actors/router
                                     cluster/tracing actors/tracing
-actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
+actors/controller                   proto cluster cluster/load cluster/host cluster/planner
+                                    cluster/reports
                                     cluster/training cluster/control cluster/metrics
                                     cluster/scaling cluster/spec cluster/page_feed
-                                    actors/runtime actors/store actors/host actors/router_service
+                                    actors/runtime actors/store actors/transport/grpc actors/host
+                                    actors/router_service
 actors/endpoint/openai              proto cluster/routing actors/text actors/engine
 actors/endpoint/http                proto cluster/metrics cluster/reports cluster/service
                                     cluster/spec

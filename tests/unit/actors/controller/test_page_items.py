@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from moesaic.actors.controller.host_actors import HostActors
+from moesaic.actors.controller.host_probing import HostProbing
 from moesaic.actors.controller.overview import LoopState, Overview
 from moesaic.actors.controller.page_items import PageItems
 from moesaic.actors.controller.sizing import Sizing
@@ -38,6 +39,7 @@ def overview_of(world: FleetWorld) -> Overview:
         control=control,
         hosts=hosts,
         orders=cast(Any, None),  # for metrics alone
+        probing=HostProbing(hosts, cast(Any, None), clock),
         sizing=Sizing(control, world.fleet, "ns", lambda: None, clock),
         training=cast(Any, SimpleNamespace(status=lambda: None)),
         watchdog=Watchdog(control, world.now),

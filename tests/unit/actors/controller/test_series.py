@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 
 from moesaic.actors.controller.host_actors import HostActors
 from moesaic.actors.controller.host_orders import HostOrders
+from moesaic.actors.controller.host_probing import HostProbing
 from moesaic.actors.controller.overview import LoopState, Overview
 from moesaic.actors.controller.sizing import Sizing
 from moesaic.actors.controller.training import Training
@@ -58,6 +61,7 @@ class Pool:
                 changed=lambda host: None,
                 clock=self.clock,
             ),
+            probing=HostProbing(self.hosts, cast(Any, None), self.clock),
             sizing=Sizing(control, fleet, "n", lambda: None, self.clock),
             training=Training(
                 control=control,

@@ -167,6 +167,39 @@ async def test_the_engine_is_asked_beside_the_probes_and_only_while_work_waits(
     assert await health.ready()
 
 
+async def test_a_probe_has_an_idle_trunk_asked_and_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(health_file, "LOOK_S", 0.001)
+    monkeypatch.setattr(health_file, "HEAR_S", 0.01)
+    clock, asked, frozen = Clock(), 0, True
+
+    async def hear() -> TrunkHeartbeat | None:
+        nonlocal asked
+        asked += 1
+        if frozen:
+            await asyncio.Event().wait()
+        return TrunkHeartbeat(trunk="a", steps=1, busy=False, beats=True)
+
+    model = ModelHealth(ModelProgress(), hear, clock=clock)
+    asleep = ModelHealth(ModelProgress(wake_s=60.0), hear, clock=clock)
+    health = Health({"m": model, "asleep": asleep})
+    await asyncio.sleep(0.02)
+    assert asked == 0  # nobody wanted to know
+    assert await health.ready("asleep")
+    assert await health.ready("m")
+    clock.now += STALLED_S
+    async with asyncio.timeout(5):
+        while asked < 3:
+            await asyncio.sleep(0.001)
+    assert not await health.ready("m")
+    assert await health.ready("asleep")
+    frozen = False
+    async with asyncio.timeout(5):
+        while not await health.ready("m"):
+            await asyncio.sleep(0.001)
+
+
 async def test_who_leaves_is_not_ready_and_who_is_not_known_is_not_there() -> None:
     leaving = False
     health = Health({"m": ModelHealth()}, leaving=lambda: leaving)

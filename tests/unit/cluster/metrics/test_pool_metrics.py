@@ -71,6 +71,14 @@ def test_a_host_that_is_down_has_no_process_and_one_that_is_gone_has_nothing() -
     assert not {name for name, labels in gone if ("host", "b") in labels}
 
 
+def test_a_host_is_ready_or_not_or_does_not_say() -> None:
+    hosts = [host_report("a"), host_report("b", ready=False), host_report("c", ready=None)]
+    found = pool_samples(snapshot(hosts))
+    assert value(found, "moesaic_host_ready", host="a") == 1
+    assert value(found, "moesaic_host_ready", host="b") == 0
+    assert ("moesaic_host_ready", frozenset({("cluster", "c"), ("host", "c")})) not in found
+
+
 def test_a_host_of_a_state_of_a_newer_controller_is_counted() -> None:
     found = pool_samples(snapshot([host_report("a", state=HostState("resting"))]))
     assert value(found, "moesaic_hosts", state="resting") == 1

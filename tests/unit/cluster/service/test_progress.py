@@ -29,6 +29,41 @@ def test_idle_is_ready_and_nobody_is_asked() -> None:
     assert not progress.wants_to_hear(2e6)
 
 
+def test_a_probe_of_an_idle_model_finds_a_frozen_trunk_and_a_well_one() -> None:
+    progress = ModelProgress()
+    progress.probed(100.0)
+    assert progress.is_ready(100.0 + STALLED_S - 0.1)
+    assert not progress.wants_to_hear(100.0 + ASK_AFTER_S - 0.1)
+    assert progress.wants_to_hear(100.0 + ASK_AFTER_S)
+    progress.probed(100.0 + STALLED_S - 0.1)  # a probe is no progress
+    assert not progress.is_ready(100.0 + STALLED_S)
+    progress.heard(heard(busy=False, beats=False), 111.0)  # its loop hangs
+    assert not progress.is_ready(111.0)
+    progress.heard(heard(busy=False), 112.0)
+    assert progress.is_ready(1e6)
+    assert not progress.in_question
+
+
+def test_a_probe_asks_no_trunk_that_may_have_been_scaled_away() -> None:
+    progress = ModelProgress(wake_s=60.0)
+    progress.probed(100.0)
+    assert not progress.in_question
+    assert progress.is_ready(1e6)
+
+
+def test_work_that_begins_behind_a_probe_is_work_as_any() -> None:
+    progress = ModelProgress()
+    progress.probed(100.0)
+    progress.began(101.0)
+    progress.heard(heard(steps=3), 102.0)
+    progress.heard(heard(steps=4), 103.0)
+    assert progress.is_ready(103.0 + STALLED_S - 0.1)
+    assert not progress.is_ready(103.0 + STALLED_S)
+    progress.moved(120.0)
+    progress.ended(120.0)
+    assert progress.is_ready(1e6)
+
+
 def test_frozen_with_work_is_not_ready_until_it_goes_on() -> None:
     progress = ModelProgress()
     progress.began(0.0)
@@ -140,7 +175,8 @@ def test_work_behind_idleness_is_counted_from_its_own_beginning(wake_s: float) -
 
 
 class Readiness(RuleBasedStateMachine):
-    """Against the sentence itself: work is pending, or was lost, and nothing moved for so long."""
+    """Against the sentence itself: work is pending, or was lost, or a probe is not answered for,
+    and nothing moved for so long."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +201,12 @@ class Readiness(RuleBasedStateMachine):
             self.since, self.steps = self.now, {}
         self.pending += 1
         self.progress.began(self.now)
+
+    @rule()
+    def is_probed(self) -> None:
+        if not self.pending and not self.doubted:
+            self.since, self.steps, self.doubted = self.now, {}, True
+        self.progress.probed(self.now)
 
     @precondition(lambda self: self.pending)
     @rule()
