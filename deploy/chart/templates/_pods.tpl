@@ -115,6 +115,9 @@ spec:
         {{- end }}
         {{- end }}
       env:
+        # The only places that can be written, with /tmp and the models.
+        - {name: HOME, value: /home/moesaic}
+        - {name: XDG_CACHE_HOME, value: /cache}
         {{- if .head }}
         # Serve's proxy passes requests on as the endpoint needs it.
         - name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
