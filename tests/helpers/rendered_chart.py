@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import yaml
 
 from tests.helpers.paths import ROOT
@@ -26,6 +28,13 @@ class PodGroup(NamedTuple):
     def container(self) -> Object:
         (container,) = self.template["spec"]["containers"]
         return container
+
+
+def need_helm() -> None:
+    """Skips the module that is being imported where there is no Helm."""
+    if not os.environ.get("MOESAIC_HELM"):
+        reason = "MOESAIC_HELM names no helm; `make test-kubernetes` brings one"
+        pytest.skip(reason, allow_module_level=True)
 
 
 def helm(binary: Path, *words: str) -> subprocess.CompletedProcess[str]:

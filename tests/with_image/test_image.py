@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,8 @@ import pytest
 from tests.helpers.paths import ROOT
 from tests.helpers.processes.apart import need_namespaces
 from tests.integration.conftest import save_model
+
+pytestmark = [pytest.mark.alone, pytest.mark.slow]
 
 BASE = "localhost/debian-with-python"
 IMAGE = "localhost/moesaic"
@@ -58,10 +59,11 @@ ray stop > /dev/null 2>&1
 IMPORT_ALL = """\
 import importlib, pathlib, moesaic
 root = pathlib.Path(moesaic.__path__[0])
-names = sorted(str(p.relative_to(root.parent).with_suffix("")).replace("/", ".") for p in root.rglob("*.py"))
+files = (path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py"))
+names = sorted(".".join(path.parts) for path in files)
 names = [name.removesuffix(".__init__") for name in names]
 for name in names:
-    # vLLM and CUDA's bindings are extras; the command line's entry module would run.
+    # vLLM is an extra; a module to be run would run.
     if "vllm_backend" not in name and not name.endswith("__main__"):
         importlib.import_module(name)
 print(len(names))
@@ -73,7 +75,7 @@ class Image(NamedTuple):
     config: dict[str, object]
 
 
-def run(command: Sequence[str], limit_s: float = BUILD_S, **more: object) -> str:
+def run(command: Sequence[str], limit_s: float = BUILD_S) -> str:
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=limit_s, check=False, cwd=ROOT
     )

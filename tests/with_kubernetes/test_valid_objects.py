@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import kubernetes_validate
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
@@ -19,12 +18,16 @@ from tests.helpers.rendered_chart import (
     CHART,
     Object,
     helm,
+    need_helm,
     only,
     pod_groups,
     ray_cluster,
     values_of,
 )
 from tests.with_kubernetes.crd_schema import check
+
+need_helm()
+kubernetes_validate: Any = pytest.importorskip("kubernetes_validate")
 
 RAY = {"RayService", "RayCluster"}
 # Their schemas are in no package; Kubernetes' own kinds come with kubernetes-validate.

@@ -32,7 +32,7 @@ def served() -> Iterator[tuple[str, list[str]]]:
                 self.end_headers()
                 self.wfile.write(answers.pop(0).encode())
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
