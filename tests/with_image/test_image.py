@@ -62,11 +62,17 @@ root = pathlib.Path(moesaic.__path__[0])
 files = (path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py"))
 names = sorted(".".join(path.parts) for path in files)
 names = [name.removesuffix(".__init__") for name in names]
+imported = 0
 for name in names:
-    # vLLM is an extra; a module to be run would run.
-    if "vllm_backend" not in name and not name.endswith("__main__"):
+    if name.endswith("__main__"):
+        continue
+    try:
         importlib.import_module(name)
-print(len(names))
+        imported += 1
+    except ModuleNotFoundError as error:
+        # What comes with builds of torch for CUDA, or as an extra.
+        assert error.name.partition(".")[0] in ("triton", "cuda", "vllm"), (name, error)
+print(imported)
 """
 
 
@@ -167,7 +173,7 @@ def test_every_module_can_be_imported(image: Image, model: Path) -> None:
 
 def test_it_answers_a_request(image: Image, model: Path) -> None:
     said = inside(image, model, "bash", "-c", SERVE)
-    answer = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    answer, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
     assert answer["usage"]["completion_tokens"] == 5
     for path in ("/readyz", "/api/healthz", "/metrics"):
         assert f"{path} 200" in said
