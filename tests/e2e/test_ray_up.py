@@ -103,11 +103,9 @@ def test_ray_up_makes_a_cluster_that_answers(machines: list[Machine], tmp_path: 
     config = yaml.safe_dump(written_for_here(checkout, key))
     (checkout / "deploy" / "ray" / "machines.yaml").write_text(config)
     first.run(f"cd {checkout}")
-    said = {}
-    *lines, down = commands()
-    for line in lines:
-        # SSH would read the lines that follow.
-        said[line] = first.run(f"{line} < /dev/null")
+    *lines, end, down = commands()
+    # SSH would read the lines that follow.
+    said = {line: first.run(f"{line} < /dev/null") for line in lines}
     (up,) = (line for line in lines if "moesaic up" in line)
     assert f"http://{ADDRESSES[0]}:8000" in said[up]
     for machine in machines:
@@ -115,6 +113,7 @@ def test_ray_up_makes_a_cluster_that_answers(machines: list[Machine], tmp_path: 
         assert (machine.home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
     asked = f"moesaic complete --url http://{ADDRESSES[0]}:8000 --max-tokens 3 hello --json"
     assert json.loads(second.run(f"{asked} 2> /dev/null"))["usage"]["completion_tokens"] == 3
+    first.run(f"{end} < /dev/null")
     # It does not return: it waits for machines that stay.
     first.run(f"timeout 20 {down} < /dev/null || test $? = 124")
     deadline = time.monotonic() + END_S
