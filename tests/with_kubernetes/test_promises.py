@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.helpers.paths import ROOT
 from tests.helpers.rendered_chart import (
     CHART,
     Object,
@@ -28,6 +30,11 @@ need_helm()
 # A key of a label may have dots.
 LABEL = re.compile(r"(^|\.)(labels|matchLabels|selector)\.")
 SECRET = re.compile(r"(?i)(token|password|secret|_key$)")
+
+
+def only_named(objects: list[Object], kind: str, name: str) -> Object:
+    (found,) = (o for o in objects if (o["kind"], o["metadata"]["name"]) == (kind, name))
+    return found
 
 
 def encoded(text: str) -> str:
@@ -223,6 +230,61 @@ def test_what_is_turned_on_is_there(rendered: Callable[..., list[Object]]) -> No
     assert {endpoint["port"] for endpoint in monitor["endpoints"]} == ports
 
 
+def test_scrapes_have_the_job_and_the_time_that_alerts_need(
+    rendered: Callable[..., list[Object]],
+) -> None:
+    objects = rendered("-f", str(values_of("everything")))
+    own, _ = only(objects, "ServiceMonitor")["spec"]["endpoints"]
+    assert (own["path"], own["interval"], own["scrapeTimeout"]) == ("/metrics", "30s", "10s")
+    assert own["relabelings"] == [{"targetLabel": "job", "replacement": "moesaic"}]
+    groups = only(objects, "PrometheusRule")["spec"]["groups"]
+    jobs = {
+        job for g in groups for r in g["rules"] for job in re.findall(r'job="(.*?)"', r["expr"])
+    }
+    assert jobs == {"moesaic"}
+
+
+def test_rules_and_dashboards_are_those_of_the_repository(
+    rendered: Callable[..., list[Object]],
+) -> None:
+    objects = rendered("-f", str(values_of("everything")))
+    monitoring = ROOT / "deploy" / "monitoring"
+    rules = only(objects, "PrometheusRule")
+    assert rules["metadata"]["labels"]["release"] == "prometheus"
+    assert rules["spec"] == yaml.safe_load((monitoring / "alerts.yaml").read_text())
+    (found,) = (o for o in objects if o["metadata"]["name"].endswith("-dashboards"))
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    files = {f"moesaic-{path.name}": path for path in (monitoring / "dashboards").glob("*.json")}
+    assert found["data"].keys() == files.keys()
+    for name, path in files.items():
+        assert json.loads(found["data"][name]) == json.loads(path.read_text())
+    # The API server takes no more.
+    assert sum(map(len, found["data"].values())) < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://collector.tracing:4318", 4318),
+        ("https://otlp.example.com/api", 443),
+        ("http://[fd00::1]", 80),
+        ("http://[fd00::1]:4317", 4317),
+    ],
+)
+def test_pods_reach_the_collector(
+    rendered: Callable[..., list[Object]], endpoint: str, port: int
+) -> None:
+    def egress(*words: str) -> list[Object]:
+        return only_named(rendered(*words), "NetworkPolicy", "rel-moesaic")["spec"]["egress"]
+
+    peer = {"namespaceSelector": {"matchLabels": {"team": "tracing"}}}
+    named = ("--set-json", f'spec.traces.endpoint="{endpoint}"')
+    asked = {"ports": [{"port": port, "protocol": "TCP"}]}
+    assert [rule for rule in egress(*named) if rule not in egress()] == [asked]
+    placed = egress(*named, "--set-json", f"networkPolicy.tracesTo=[{json.dumps(peer)}]")
+    assert [rule for rule in placed if rule not in egress()] == [{**asked, "to": [peer]}]
+
+
 def test_what_is_turned_off_is_not(rendered: Callable[..., list[Object]]) -> None:
     off = [f"{part}.enabled=false" for part in ("networkPolicy", "podDisruptionBudget")]
     kinds = {one["kind"] for one in rendered("--set", ",".join(off))}
@@ -238,6 +300,8 @@ def test_what_is_turned_off_is_not(rendered: Callable[..., list[Object]]) -> Non
         ("spec.endpoint.drain_s=-1", "drain_s"),
         ("spec.ray.address=local", "must be 'auto'"),
         ("spec.endpoint.host=127.0.0.1", "must be '0.0.0.0'"),
+        ("spec.traces.endpoint=http://127.0.0.1:4318", "spec/traces/endpoint"),
+        ("serviceMonitor.intervalSeconds=5", "intervalSeconds"),
         ("spec.endpoint.port=8002", "endpoint.port and monitoring.port are both 8002"),
         ("workers[0].replicas=9", "minReplicas <= replicas <= maxReplicas"),
         ("kind=RayJob", "must be one of"),

@@ -31,7 +31,7 @@ kubernetes_validate: Any = pytest.importorskip("kubernetes_validate")
 
 RAY = {"RayService", "RayCluster"}
 # Their schemas are in no package; Kubernetes' own kinds come with kubernetes-validate.
-ELSEWHERE = RAY | {"ServiceMonitor", "HTTPRoute"}
+ELSEWHERE = RAY | {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
 VERSIONS = ("1.29", "1.35")
 
 

@@ -41,6 +41,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{ add (include "moesaic.drainSeconds" . | int64) (.Values.settleSeconds | int64) 30 }}
 {{- end -}}
 
+{{/* Port of the collector that spec.traces names; nothing if it names none. */}}
+{{- define "moesaic.tracesPort" -}}
+{{- with (default dict .Values.spec.traces).endpoint -}}
+{{- $url := urlParse . -}}
+{{- $named := regexFind ":[0-9]+$" $url.host | trimPrefix ":" -}}
+{{- default (ternary "443" "80" (eq $url.scheme "https")) $named -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "moesaic.check" -}}
 {{- $names := list -}}
 {{- range .Values.workers -}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import runpy
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from moesaic.actors.endpoint.http.metrics import HttpMetrics
+from moesaic.actors.endpoint.openai.answers import IndexedDeltas
+from moesaic.actors.engine.served_model import TextDelta
+from moesaic.cluster.metrics.families import exposition
 from tests.helpers.paths import ROOT
 
 HOOK = runpy.run_path(str(ROOT / "deploy" / "container" / "before_stop.py"))
@@ -59,26 +64,43 @@ class Clock:
 def test_requests_of_all_models_count(served: tuple[str, list[str]]) -> None:
     url, answers = served
     answers.append(METRICS)
-    assert HOOK["requests_running"](url) == 3
+    assert HOOK["requests_running"](url, 5) == 3
     answers.append("# no model was asked yet\n")
-    assert HOOK["requests_running"](url) == 0
+    assert HOOK["requests_running"](url, 5) == 0
+
+
+async def test_the_endpoint_counts_as_the_hook_reads(served: tuple[str, list[str]]) -> None:
+    url, answers = served
+    metrics = HttpMetrics()
+
+    async def pieces() -> IndexedDeltas:
+        yield 0, TextDelta("a", 1)
+        yield 0, TextDelta("b", 1, "stop")
+
+    answer = metrics.watch("a", 3, 0.0, pieces())
+    await anext(answer)
+    answers.append(exposition(metrics, "moesaic").decode())
+    assert await asyncio.to_thread(HOOK["requests_running"], url, 5) == 1
+    assert [piece async for piece in answer]
+    answers.append(exposition(metrics, "moesaic").decode())
+    assert await asyncio.to_thread(HOOK["requests_running"], url, 5) == 0
 
 
 def test_an_endpoint_that_does_not_answer_is_not_an_idle_one(
     served: tuple[str, list[str]],
 ) -> None:
     url, _ = served
-    assert HOOK["requests_running"](url) is None
+    assert HOOK["requests_running"](url, 5) is None
 
 
 def test_nothing_listens_so_nothing_runs(served: tuple[str, list[str]]) -> None:
-    assert HOOK["requests_running"]("http://127.0.0.1:1/metrics") == 0
+    assert HOOK["requests_running"]("http://127.0.0.1:1/metrics", 5) == 0
 
 
 def test_it_waits_until_none_runs() -> None:
     clock = Clock()
     counts = iter([3.0, None, 1.0, 0.0])
-    assert HOOK["wait_idle"](lambda: next(counts), 30, clock, clock.sleep)
+    assert HOOK["wait_idle"](lambda _: next(counts), 30, clock, clock.sleep)
     assert clock.now == 101.5
     assert next(counts, "all were asked for") == "all were asked for"
 
@@ -86,8 +108,20 @@ def test_it_waits_until_none_runs() -> None:
 @pytest.mark.parametrize("count", [1.0, None])
 def test_it_waits_no_longer_than_the_drain(count: float | None) -> None:
     clock = Clock()
-    assert not HOOK["wait_idle"](lambda: count, 1.2, clock, clock.sleep)
+    assert not HOOK["wait_idle"](lambda _: count, 1.2, clock, clock.sleep)
     assert clock.now == pytest.approx(101.2)
+
+
+def test_no_question_takes_longer_than_what_is_left() -> None:
+    clock, asked = Clock(), list[float]()
+
+    def silent(timeout_s: float) -> None:
+        asked.append(timeout_s)
+        clock.now += timeout_s
+
+    assert not HOOK["wait_idle"](silent, 20, clock, clock.sleep)
+    assert asked == pytest.approx([8, 8, 3])
+    assert clock.now == pytest.approx(120)
 
 
 def test_ray_learns_when_the_node_ends() -> None:

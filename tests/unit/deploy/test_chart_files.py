@@ -14,6 +14,8 @@ import jsonschema
 import pytest
 import yaml
 
+from moesaic.actors.endpoint.http import proxy_middleware
+from moesaic.actors.endpoint.http.monitoring_app import STATUS_TIMEOUT_S
 from tests.helpers.paths import ROOT
 from tests.helpers.rendered_chart import CHART, VARIANTS
 
@@ -117,6 +119,7 @@ def test_objects_are_closed_or_kubernetes_own() -> None:
         ("spec.ray.address", "local"),
         ("spec.ray.insecure", True),
         ("spec.router", {"host": "127.0.0.1"}),
+        ("spec.traces", {"endpoint": "http://localhost:4318"}),
         ("spec.hosts.0.count", 0),
         ("settleSeconds", -1),
         ("modelVolume.mountPath", "/tmp/models"),
@@ -131,12 +134,14 @@ def test_objects_are_closed_or_kubernetes_own() -> None:
         ("workers.0.hostPath", "/models"),
         ("gcsFaultTolerance.backend", "redis"),
         ("gcsFaultTolerance.backend", "etcd"),
+        ("serviceMonitor.intervalSeconds", 9),
         ("httpRoute.enabled", True),
         ("httpRoute.requestTimeout", "never"),
         ("networkPolicy.httpsTo", ["everywhere"]),
         ("networkPolicy.operator.podLabels", {}),
         ("podLabels", {"a": "b" * 64}),
         ("env", [{"name": "HF_TOKEN", "value": "x"}]),
+        ("env", [{"name": "OTEL_EXPORTER_OTLP_HEADERS", "value": "x-api-key=1"}]),
         ("env", [{"name": "A"}]),
     ],
 )
@@ -147,6 +152,20 @@ def test_unknown_and_impossible_values_are_refused(path: str, value: object) -> 
 def test_a_secret_may_come_from_a_secret() -> None:
     source = {"valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}
     assert errors(changed("env", [{"name": "HF_TOKEN", **source}])) == []
+
+
+def test_the_proxy_is_given_a_hook_that_exists() -> None:
+    pods = (CHART / "templates" / "_pods.tpl").read_text()
+    module, name = proxy_middleware.__name__, proxy_middleware.middlewares.__name__
+    assert f"name: {proxy_middleware.HOOK}\n          value: {module}.{name}\n" in pods
+
+
+def test_a_scrape_waits_longer_than_the_endpoint_does() -> None:
+    monitor = (CHART / "templates" / "servicemonitor.yaml").read_text()
+    times = {int(seconds) for seconds in re.findall(r"scrapeTimeout: (\d+)s", monitor)}
+    assert min(times) > STATUS_TIMEOUT_S
+    least = SCHEMA["properties"]["serviceMonitor"]["properties"]["intervalSeconds"]["minimum"]
+    assert max(times) <= least
 
 
 def test_every_value_has_its_page() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
 
 from moesaic.cluster.spec.spec import parse_spec
 from tests.helpers.paths import ROOT
@@ -61,3 +64,19 @@ def test_the_spec_is_for_several_machines() -> None:
     spec = parse_spec(read(FOLDER / "spec.yaml"))
     assert spec.ray.address == "auto"
     assert spec.network.bind == "node"
+
+
+def test_what_the_page_deploys_on_serve_is_good() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    (block,) = re.findall(r"\n((?:    .*\n)*    applications:\n(?:    .*\n)+)", page)
+    config = ServeDeploySchema.model_validate(yaml.safe_load(textwrap.dedent(block)))
+    (application,) = config.applications
+    spec = parse_spec(application.args)
+    assert application.name == f"moesaic-{spec.name}"
+    assert application.import_path == "moesaic.serve:build"
+    assert application.route_prefix == "/"
+    assert spec.endpoint is not None
+    assert (config.http_options.host, config.http_options.port) == (
+        spec.endpoint.host,
+        spec.endpoint.port,
+    )
