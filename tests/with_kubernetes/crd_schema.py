@@ -11,9 +11,9 @@ import jsonschema
 import yaml
 
 
-def read_schema(crds: Path, plural: str) -> dict[str, Any]:
-    """The schema of the version that is stored."""
-    crd = yaml.safe_load((crds / f"ray.io_{plural}.yaml").read_text())
+def read_schema(crds: Path, name: str) -> dict[str, Any]:
+    """The schema of the version that is stored; ``name`` is that of its file."""
+    crd = yaml.safe_load((crds / f"{name}.yaml").read_text())
     (version,) = (one for one in crd["spec"]["versions"] if one["storage"])
     assert version["name"] == "v1"
     return closed(version["schema"]["openAPIV3Schema"])

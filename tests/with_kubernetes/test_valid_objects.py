@@ -30,7 +30,7 @@ need_helm()
 kubernetes_validate: Any = pytest.importorskip("kubernetes_validate")
 
 RAY = {"RayService", "RayCluster"}
-# Their schemas are in no package; Kubernetes' own kinds come with kubernetes-validate.
+# Their schemas are in no package; those of Kubernetes' own kinds come with kubernetes-validate.
 ELSEWHERE = RAY | {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
 VERSIONS = ("1.29", "1.35")
 
@@ -65,6 +65,18 @@ def test_a_wrong_pod_is_found(objects: list[Object]) -> None:
 def test_ray_objects_are_valid(objects: list[Object], crd_schemas: dict[str, Any]) -> None:
     found = only(objects, *RAY)
     check(found, crd_schemas[found["kind"]])
+
+
+def test_objects_for_other_operators_are_valid(
+    rendered: Callable[..., list[Object]], other_crd_schemas: dict[str, Any]
+) -> None:
+    objects = rendered("-f", str(values_of("everything")))
+    for kind, schema in other_crd_schemas.items():
+        check(only(objects, kind), schema)
+    wrong = copy.deepcopy(only(objects, "ServiceMonitor"))
+    wrong["spec"]["endpoints"][0]["scrapeTimout"] = "10s"
+    with pytest.raises(jsonschema.ValidationError):
+        check(wrong, other_crd_schemas["ServiceMonitor"])
 
 
 @pytest.mark.parametrize(
