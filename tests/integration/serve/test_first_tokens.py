@@ -57,12 +57,12 @@ def total(cluster: Cluster, metric: str) -> float:
 
 
 def trunks(cluster: Cluster) -> list[psutil.Process]:
-    title = f"::ServeReplica:moesaic-{cluster.name}:Trunk"
+    title = f"::ServeReplica:moesaic-{cluster.name}:{MODEL}:Trunk"
     return [one for one in started_processes() if title in " ".join(one.cmdline())]
 
 
 def replicas(cluster: Cluster) -> dict[str, int]:
-    app = serve.status().applications[f"moesaic-{cluster.name}"]
+    app = serve.status().applications[f"moesaic-{cluster.name}:{MODEL}"]
     found: Any = app.deployments[f"Trunk-{MODEL}"].replica_states
     return {str(getattr(state, "value", state)): count for state, count in found.items() if count}
 

@@ -56,6 +56,7 @@ NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
 GONE = "no cluster 'local' of this user is running on this machine"
 
 WRONG = [
+    (["apply", "none.yaml"], 1, "none.yaml: cannot be read"),
     # of up, spec check
     (["up", "none.yaml"], 1, "none.yaml: cannot be read"),
     (["up", "-d", "none.yaml"], 1, "none.yaml: cannot be read"),

@@ -13,6 +13,7 @@ from moesaic.cli.main import app
 
 # Command -> where it is in Python.
 IN_PYTHON = {
+    "apply": "moesaic:Cluster.apply",
     "bench": "moesaic:measure_load",
     "chat": "moesaic:Client.stream_chat",
     "complete": "moesaic:Client.stream_complete",

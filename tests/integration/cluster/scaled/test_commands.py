@@ -56,6 +56,7 @@ SHOWN = [
 ]
 # What needs no cluster, or has one of its own; `up` and `down` are not run here.
 ELSEWHERE = {"up", "down", "inspect", "upcycle", "simulate", "spec check", "version"}
+ELSEWHERE |= {"apply"}  # test_applying.py
 ELSEWHERE |= {"expert put", "expert revert"}  # test_kept_updates.py
 
 
@@ -142,6 +143,11 @@ NOT_RUN = {
     "moesaic up": "as above",
     "moesaic up MODEL": "as above; its spec: tests/unit/face/test_about.py",
     "moesaic up allenai/OLMoE-1B-7B-0924-Instruct": "as above, and needs a hub",
+    "moesaic up -d SPEC": "as above",
+    "moesaic apply": "the command's name, in a sentence",
+    "moesaic apply SPEC": "`test_applying.py` does",
+    "moesaic apply SPEC --dry-run": "`test_applying.py` does",
+    "moesaic apply /etc/moesaic/spec.yaml": "a file in a pod of the chart",
     "moesaic up deploy/training.yaml": "as above; trained: test_training_on_ray.py",
     "moesaic down": "tests/e2e/test_up_and_down.py",
     "moesaic chat": "a conversation: tests/unit/face/test_command_line.py",
@@ -151,6 +157,7 @@ NOT_RUN = {
     "moesaic expert revert": "as above",
     "moesaic expert get": "the command's name, in a sentence",
     "moesaic simulate": "its defaults take minutes: tests/unit/face/test_traces.py",
+    "moesaic simulate --trace OUT": "needs a recording: tests/unit/face/test_traces.py",
     "moesaic simulate --faults 1": "test_simulator.py runs the same seeds",
     "moesaic upcycle DENSE OUT": "needs a dense model: tests/unit/models/upcycling/test_upcycle.py",
     "moesaic inspect": "the command's name, in a sentence",
