@@ -120,7 +120,7 @@ actors/page                         proto cluster/page_feed cluster/service acto
 actors/preflight                    proto kernels/training models models/folder models/trunk cluster
                                     cluster/planner cluster/scaling cluster/spec cluster/training
                                     actors/text actors/runtime actors/engine
-actors/serve/replica                proto models/folder cluster cluster/metrics cluster/reports
+actors/serve/replica                proto models/folder cluster/metrics cluster/reports
                                     cluster/service cluster/routing cluster/spec
                                     cluster/page_feed
                                     actors/runtime actors/store actors/engine actors/tracing
