@@ -171,7 +171,7 @@ def _show(spec: Spec, running: Cluster, *, as_json: bool) -> None:
         return
     print_address(spec.name, running.url, models)
     if running.monitoring is not None:
-        out.print(f"monitoring: {running.monitoring}/status, /metrics")
+        out.print(f"monitoring: {running.monitoring} (the page), /status, /metrics")
     if running.router is not None:
         out.print(f"router service: {running.router}")
 

@@ -52,7 +52,7 @@ def read_status(name: str) -> StatusDocument:
 def print_status(document: StatusDocument) -> None:
     out.print(f"cluster [bold]{document.name}[/bold]  {document.url or '(no endpoint)'}")
     if document.monitoring_url:
-        out.print(f"monitoring: {document.monitoring_url}/status, /metrics")
+        out.print(f"monitoring: {document.monitoring_url} (the page), /status, /metrics")
     cluster = document.cluster
     if cluster is None:
         return

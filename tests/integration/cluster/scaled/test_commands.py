@@ -147,6 +147,8 @@ NOT_RUN = {
     "moesaic apply": "the command's name, in a sentence",
     "moesaic apply SPEC": "`test_applying.py` does",
     "moesaic apply SPEC --dry-run": "`test_applying.py` does",
+    "moesaic apply mine.yaml": "as above",
+    "moesaic apply mine.yaml --dry-run": "as above",
     "moesaic apply /etc/moesaic/spec.yaml": "a file in a pod of the chart",
     "moesaic up deploy/training.yaml": "as above; trained: test_training_on_ray.py",
     "moesaic down": "tests/e2e/test_up_and_down.py",
