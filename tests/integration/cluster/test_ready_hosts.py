@@ -21,7 +21,7 @@ import ray
 from moesaic import Client
 from moesaic.actors.runtime.embedded_ray import started_processes
 from moesaic.actors.runtime.ray_border import controller_of, namespace_of
-from moesaic.actors.serve import launch
+from moesaic.actors.serve import beginning
 from moesaic.cluster.reports.status import HostStatus
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
@@ -54,7 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, walls: Path) -> Iterator[C
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         patched.setenv(UNREACHED, str(walls))
-        patched.setattr(launch, "Controller", WalledController)
+        patched.setattr(beginning, "Controller", WalledController)
         hosts = [{"count": 2, "min_count": 2, "max_count": 3, "threads": 1}]
         models = [{"name": MODEL, "path": str(model), "replicas": 2}]
         with running(

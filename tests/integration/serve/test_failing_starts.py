@@ -108,7 +108,7 @@ def test_a_trunk(tmp_path: Path, capsys: Capture) -> None:
 
 @pytest.mark.slow
 def test_a_trunk_that_makes_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deploy, "EngineFactory", lambda config: broken_engine)
+    monkeypatch.setattr(trunk_apps, "EngineFactory", lambda config: broken_engine)
     words = "the trunk of model 'm' did not start: EngineError: its forward pass is broken"
     assert start(folder).startswith(f"endpoint: {words}")
 
