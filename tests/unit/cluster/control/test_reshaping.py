@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.control.control import Control
 from moesaic.cluster.control.reshaping import follow, remove_model
-from moesaic.cluster.expert_keys import ExpertKey
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
+from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.planner.constraints import with_min_replicas, with_pin
 from tests.helpers.cluster.control_world import POLICY, ControlWorld, counts, finish, shape
 from tests.helpers.effort import tries
@@ -79,6 +82,33 @@ def test_a_roll_back_knows_that_another_model_has_the_name_by_now() -> None:
     for placement in world.published[-3:]:
         layers = {key.layer for key in placement.layers if key.model == "gone"}
         assert layers <= own.keys()
+
+
+@pytest.mark.parametrize("when", ["it is gone", "another has its name"])
+def test_a_late_report_of_a_model_that_left_says_nothing(when: str) -> None:
+    """Its trunk, a program or the router service tells of calls from before."""
+    world = with_two()
+
+    def report() -> None:
+        number = world.published[-1].id
+        counted = {LayerKey("gone", 0): 100 * np.arange(6)}
+        times = {"h0": HostTimes(calls=1, assignments=1000, busy_s=1.0)}
+        heard = LoadReport(router="r0", placement_id=number, counts=counted, hosts=times)
+        world.control.hear(heard, world.now)
+
+    remove(world, "gone")
+    finish(world, 60)
+    world.control.idle_models.forget("gone")
+    if when == "it is gone":
+        report()
+    world.models.append((shape("gone", experts=2, layers=1), True))
+    world.on_disk.add("gone")
+    world.control.add_model(world.models[-1][0], on_disk=True, fits=True)
+    if when != "it is gone":
+        report()
+    finish(world, 60)
+    assert world.control.at_target
+    assert held_models(world) == {"m", "gone"}
 
 
 def test_constraints_on_a_model_leave_with_it() -> None:
