@@ -40,9 +40,7 @@ def deployed(spec: Spec) -> list[DeployedModel]:
 def first(spec: Spec) -> Deployment:
     groups = dict(enumerate(spec.hosts))
     models = deployed(spec)
-    return Deployment(
-        id="1", spec=spec, models=models, groups=groups, order=list(groups)
-    ).as_stored
+    return Deployment(id="1", spec=spec, models=models, groups=groups, order=list(groups)).as_stored
 
 
 def another(before: Deployment, spec: Spec) -> Deployment:
@@ -92,7 +90,7 @@ class Followed:
         return after
 
 
-SMALL = {"hosts": [{"count": 3, "min_count": 1}]}
+SMALL: Any = {"hosts": [{"count": 3, "min_count": 1}]}
 
 
 @pytest.mark.parametrize("change", ["a new model", "more replicas"])
@@ -118,7 +116,7 @@ def test_two_stages_follow_each_other_after_a_group_has_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`carry_out` compares the second stage with the first one as it has sent it."""
-    two = [{"count": 2}, {"count": 1, "threads": 3}]
+    two: list[Any] = [{"count": 2}, {"count": 1, "threads": 3}]
     followed = Followed(spec_of("m", "n", hosts=two), monkeypatch)
 
     async def run() -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from moesaic.actors.engine.engine import RequestLimits
 from moesaic.actors.serve import applying, launch
 from moesaic.actors.serve.applying import PlannedChange, carry_out, plan_change
-from moesaic.actors.serve.replica.ingress import Ingress
-from moesaic.actors.serve.replica.ingress_plan import IngressPlan, ModelPlan
 from moesaic.actors.serve.serve_border import ServeState
 from moesaic.actors.serve.trunk_apps import trunk_version
 from moesaic.cluster.placement import ModelRef
@@ -21,7 +17,6 @@ from moesaic.cluster.spec.deployment import DeployedModel, Deployment, PlacedEnd
 from moesaic.cluster.spec.monitoring import MonitoringSpec
 from moesaic.cluster.spec.spec import Spec, parse_spec
 from tests.helpers.cluster.control_world import shape
-from tests.helpers.models.tiny import tiny_tokenizer
 
 MODELS = [{"name": "m", "path": "/m"}]
 
@@ -110,9 +105,7 @@ def test_a_router_service_that_is_new_starts_also_if_a_model_is_replaced(
     monkeypatch.setattr(applying, "wait_endpoint", quiet)
     monkeypatch.setattr(applying, "controller_of", lambda _: controller)
     monkeypatch.setattr(applying, "ray_get", lambda found, *_: found)
-    monkeypatch.setattr(
-        applying, "restart_router_service", lambda after: done.append(after.router)
-    )
+    monkeypatch.setattr(applying, "restart_router_service", lambda after: done.append(after.router))
     change = planned(
         deployment(), models=[{"name": "m", "path": "/another"}], router={"port": 8001}
     )
@@ -150,9 +143,7 @@ def test_all_models_may_sleep_while_the_cluster_follows_a_spec(
         desired=SimpleNamespace(remote=list), progress=SimpleNamespace(remote=lambda: (0, 0, ""))
     )
     monkeypatch.setattr(launch, "ray_get", lambda found, *_: found)
-    spec = spec_of(
-        models=[MODELS[0] | {"idle_s": 1.0}], timeouts={"start_s": 1.0}
-    )
+    spec = spec_of(models=[MODELS[0] | {"idle_s": 1.0}], timeouts={"start_s": 1.0})
     launch.wait_loaded(spec, "n", controller, quiet)
 
 
@@ -179,100 +170,6 @@ def test_serve_says_under_which_path_it_serves_a_second_cluster(
     state = ServeState(http, None, {"moesaic-one": "/", "moesaic-two": "/two"})
     monkeypatch.setattr(serve_border, "find_serve", lambda: state)
     assert serve_border.serve_address().prefix == "/two"
-
-
-# ---- the ingress --------------------------------------------------------------------------------
-
-LIMITS = RequestLimits(max_prompt_tokens=100, max_total_tokens=100, max_requests=4, vocab_size=50)
-
-
-class Method:
-    def __init__(self, answer: Any) -> None:
-        self.answer = answer
-
-    def remote(self, *_: Any) -> Any:
-        return self.answer()
-
-
-class Handle:
-    """A trunk's handle whose limits are the test's."""
-
-    def __init__(self, limits: RequestLimits | None) -> None:
-        self.found = limits
-        self.limits = Method(self._limits)
-
-    def options(self, **_: Any) -> Handle:
-        return self
-
-    async def _limits(self) -> RequestLimits:
-        while self.found is None:
-            await asyncio.sleep(3600)
-        return self.found
-
-
-def own_class() -> Any:
-    return next(
-        one for one in Ingress.func_or_class.__mro__ if "_follow" in vars(one)  # pyright: ignore
-    )
-
-
-def ingress_of(plan: IngressPlan) -> Any:
-    own = own_class()
-    made = own.__new__(own)
-    own.__init__(made, lambda: plan)
-    return made
-
-
-async def begin(made: Any) -> None:
-    await made.__serve_build_asgi_app__()
-
-
-def model_plan(handle: Handle, **more: Any) -> ModelPlan:
-    return ModelPlan(trunk=handle, tokenizer=tiny_tokenizer, **more)  # pyright: ignore
-
-
-def test_a_trunk_that_was_started_anew_tells_its_limits() -> None:
-    """A spec with more `cache_tokens` lets prompts be longer."""
-
-    async def run() -> None:
-        handle = Handle(LIMITS)
-        made = ingress_of(IngressPlan(models={"m": model_plan(handle)}))
-        await begin(made)
-        assert made._names["m"].limits.max_prompt_tokens == 100
-        handle.found = replace(LIMITS, max_prompt_tokens=1000, max_total_tokens=1000)
-        await made.refresh()
-        await asyncio.sleep(0.05)
-        assert made._names["m"].limits.max_prompt_tokens == 1000
-
-    asyncio.run(run())
-
-
-def test_an_ingress_starts_although_one_trunk_never_does() -> None:
-    """Its predecessor has died, and a model that came since has a trunk that cannot start."""
-
-    async def run() -> None:
-        plans = {"m": model_plan(Handle(LIMITS)), "broken": model_plan(Handle(None))}
-        made = ingress_of(IngressPlan(models=plans))
-        await asyncio.wait_for(begin(made), 5.0)
-        assert list(made._names) == ["m"]
-
-    asyncio.run(run())
-
-
-def test_an_alias_moves_when_its_new_model_answers() -> None:
-    async def run() -> None:
-        old, new = Handle(LIMITS), Handle(None)
-        first = {"old": model_plan(old, aliases=["chat"])}
-        made = ingress_of(IngressPlan(models=first))
-        await begin(made)
-        then = {"old": model_plan(old), "new": model_plan(new, aliases=["chat"])}
-        made._find_plan = lambda: IngressPlan(models=then)
-        await made.refresh()
-        assert "chat" in made._names, "requests for the alias get 404 while its model is loaded"
-
-    asyncio.run(run())
-
-
 
 
 # ---- the Serve and the Ray that others use ------------------------------------------------------

@@ -123,6 +123,27 @@ def test_constraints_on_a_model_leave_with_it() -> None:
     assert control.constraints.min_replicas == {ExpertKey("m", 0, 1): 2}
 
 
+def test_updates_of_a_model_leave_with_it_also_for_a_later_controller() -> None:
+    """Nobody has stored the updates since; the model comes again as its files say."""
+    world = with_two()
+    key = ExpertKey("gone", 0, 0)
+    world.update([key], in_file=False)
+    finish(world)
+    world.serve("gone")
+    finish(world)
+    assert world.control.view.versions.of(key) > 1
+    remove(world, "gone")
+    finish(world, 60)
+    assert held_models(world) == {"m"}
+    world.take_over()
+    finish(world)
+    world.models.append((shape("gone", experts=6, layers=3), True))
+    world.on_disk.add("gone")
+    world.control.add_model(world.models[-1][0], on_disk=True, fits=True)
+    finish(world, 60)
+    assert not world.control.missing()
+
+
 def test_another_policy_counts_from_now_on() -> None:
     world = with_two()
     control: Control = world.control

@@ -165,5 +165,3 @@ def test_the_autoscaler_follows_the_times_of_another_policy() -> None:
         for second in range(10)
     ]
     assert any(found), "the pool has been busy for ten seconds, and the policy says one"
-
-
