@@ -86,7 +86,6 @@ class Controller:
         deployment, self._control, fleet, first, self._follows_another = restore(
             namespace, self._term, self._clock()
         )
-        spec = deployment.spec
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for one in deployment.models:
             self._adopt(one.ref, one.shape)
@@ -133,6 +132,7 @@ class Controller:
             reports=self._hosts.reports,
             adopt=partial(self._adopt, fits=True),
             forget=self._orders.forget_model,
+            left=lambda: (self._updating.store(), self._sizing.keep_constraints()),
             namespace=namespace,
             clock=clock,
         )
@@ -145,11 +145,7 @@ class Controller:
             sizing=self._sizing,
             training=self._training,
             watchdog=self._watchdog,
-            service=(
-                None
-                if deployment.router is None
-                else ServiceWatch(namespace, deployment.router, spec.timeouts.start_s, clock=clock)
-            ),
+            service=self._service_watch(deployment.router),
             models=self._models,
             loop=self._state,
             term=self._term,
@@ -323,7 +319,12 @@ class Controller:
     # ---- another spec: see `Reshaping` ----------------------------------------------------------
 
     async def reshape(self, before: str, wanted: Deployment, who: str) -> None:
+        watched = self._reshaping.deployment.router
         await self._reshaping.follow(before, wanted, who)
+        if (router := self._reshaping.deployment.router) != watched:
+            if self._overview.service is not None:
+                self._overview.service.close()
+            self._overview.service = self._service_watch(router)
 
     async def left(self, model: str) -> bool:
         """Return whether some host still knows a model that the cluster serves no more."""
@@ -483,6 +484,12 @@ class Controller:
             self._wake.set()
 
     # ---- small parts ----------------------------------------------------------------------------
+
+    def _service_watch(self, address: str | None) -> ServiceWatch | None:
+        start_s = self._reshaping.deployment.spec.timeouts.start_s
+        if address is None:
+            return None
+        return ServiceWatch(self._namespace, address, start_s, clock=self._clock)
 
     def _adopt(self, ref: ModelRef, shape: ModelShape, *, fits: bool = False) -> None:
         self._control.add_model(shape, on_disk=ref.path is not None, fits=fits)

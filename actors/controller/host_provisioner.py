@@ -76,7 +76,7 @@ class HostStarter:
                 max_restarts=-1,
                 max_concurrency=8,
                 scheduling_strategy=strategy,
-                **actor_options(wanted, threads),
+                **actor_options(wanted, threads, deployment.log_environment),
             )
             .remote(
                 name,

@@ -15,6 +15,7 @@ from ...cluster.control.control import Control
 from ...cluster.control.reshaping import change_model, check_leaves, follow, remove_model
 from ...cluster.expert_keys import LayerKey
 from ...cluster.placement import ModelRef, ModelShape
+from ...cluster.planner.capacity import capacity_shortage
 from ...cluster.spec.deployment import DeployedModel, Deployment
 from ...proto.errors import ClusterError
 from ..host.report import HostReport
@@ -43,10 +44,14 @@ class Reshaping:
         reports: Mapping[str, HostReport],
         adopt: Callable[[ModelRef, ModelShape], None],
         forget: Callable[[str, ModelRef], None],
+        left: Callable[[], object] = lambda: None,
         namespace: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin with what is stored; ``adopt`` serves a model, ``forget`` orders a host to."""
+        """Begin with what is stored; ``adopt`` serves a model, ``forget`` orders a host to.
+
+        ``left`` is called when a model has left, to store what a later controller must know.
+        """
         self.deployment = deployment
         self._control = control
         self._sizing = sizing
@@ -54,9 +59,11 @@ class Reshaping:
         self._reports = reports
         self._adopt = adopt
         self._forget = forget
+        self._left = left
         self._namespace = namespace
         self._clock = clock
         self._alone = asyncio.Lock()
+        self._changing: asyncio.Task[None] | None = None
         # Models that are no more in the deployment, and until when their trunks may end.
         self._leaving: dict[str, float] = {}
 
@@ -67,7 +74,8 @@ class Reshaping:
         from there. A model that is replaced has to leave first. Raises ClusterError.
         """
         async with self._alone:
-            if before != self.deployment.to_json():
+            await self._settled()
+            if not Deployment.from_json(before).is_like(self.deployment):
                 raise ClusterError(
                     "somebody else has changed the cluster meanwhile; look at the difference again"
                 )
@@ -78,14 +86,15 @@ class Reshaping:
             stays = [one for name, one in asked.items() if name in known]
             try:
                 self._check(gone, fresh, stays)
+                self._check_room(wanted)
             except ValueError as error:
                 raise ClusterError(str(error)) from error
             used = self._sizing.used_groups | set(wanted.order)
             groups = {n: group for n, group in wanted.groups.items() if n in used}
             wanted = replace(wanted, groups=groups)
-            await self._store(wanted)
-            self.deployment = wanted
-            self._change(gone, fresh, stays, who)
+            changing = self._store_and_change(wanted, gone, fresh, stays, who)
+            self._changing = asyncio.get_running_loop().create_task(changing)
+            await self._settled()
             log.info("the cluster follows another spec", extra={"who": who})
 
     def own_holdings(self, host: str, report: HostReport) -> Holdings:
@@ -97,6 +106,8 @@ class Reshaping:
         strange = [ref for ref, _ in report.models if self._is_strange(ref)]
         others = {ref.name for ref in strange if ref.name in self._models}
         held = {key.model for key, experts in report.holdings.items() if experts}
+        # Also a model that left under the controller before this one.
+        self._control.removed |= {ref.name for ref in strange if ref.name not in self._models}
         for ref in strange:
             if ref.name in others or ref.name not in held:
                 self._forget(host, ref)
@@ -111,6 +122,7 @@ class Reshaping:
             if now >= until or not any(map(trunks.fullmatch, live)):
                 del self._leaving[name], self._models[name]
                 remove_model(self._control, name)
+                self._left()
                 log.info("model %s is served no more", name)
 
     def is_left(self, model: str) -> bool:
@@ -152,16 +164,54 @@ class Reshaping:
                     "in a moment"
                 )
 
-    async def _store(self, wanted: Deployment) -> None:
-        # In a thread: the store does not answer while Ray's GCS is down.
-        storing = asyncio.to_thread(store_deployment, self._namespace, wanted)
+    def _check_room(self, wanted: Deployment) -> None:
+        """Check that the hosts that stay and come have room for all models."""
+        attached = [
+            shape
+            for name, (_, shape) in self._models.items()
+            if name not in self.deployment.names and name not in self._leaving
+        ]
+        shapes = [*(one.shape for one in wanted.models), *attached]
+        hosts = self._sizing.hosts_after(wanted)
+        for shape in shapes:
+            if shape.replicas > len(hosts):
+                raise ValueError(
+                    f"models.{shape.model}.replicas: {shape.replicas} replicas of an expert need "
+                    f"as many hosts, and there would be {len(hosts)}, since groups keep the size "
+                    "that operators and the autoscaler gave them; `moesaic scale` them first"
+                )
+        if why := capacity_shortage(hosts, shapes, redundancy=0):
+            raise ValueError(f"hosts: {why}; give hosts more slots or memory_gb, or add hosts")
+
+    async def _settled(self) -> None:
+        """Wait until the last change is stored and made. Raises ClusterError."""
+        if self._changing is None:
+            return
         try:
-            await asyncio.wait_for(storing, STORE_S)
-        except (TimeoutError, RayError, ConnectionError, RuntimeError) as error:
+            await asyncio.wait_for(asyncio.shield(self._changing), STORE_S)
+        except TimeoutError:
             raise ClusterError(
-                "the change cannot be stored, so that nothing has changed: Ray's GCS does not "
-                f"answer ({error or f'for {STORE_S:g} s'})"
+                f"the change cannot be stored yet, since Ray's GCS has not answered for "
+                f"{STORE_S:g} s; it happens if the GCS comes back: see `moesaic status`"
+            ) from None
+        except (RayError, ConnectionError, RuntimeError) as error:
+            self._changing = None
+            raise ClusterError(
+                f"the change cannot be stored, so that nothing has changed: {error}"
             ) from error
+
+    async def _store_and_change(
+        self,
+        wanted: Deployment,
+        gone: Iterable[str],
+        fresh: Iterable[DeployedModel],
+        stays: Iterable[DeployedModel],
+        who: str,
+    ) -> None:
+        # In a thread: the store does not answer while Ray's GCS is down.
+        await asyncio.to_thread(store_deployment, self._namespace, wanted)
+        self.deployment = wanted
+        self._change(gone, fresh, stays, who)
 
     def _change(
         self,

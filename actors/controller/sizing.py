@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from ...cluster.control.control import Control
+from ...cluster.planner.plan import PoolHost
 from ...cluster.reports.scaling import ScalingReport, ScalingStatus
 from ...cluster.scaling.fleet import Fleet
 from ...cluster.scaling.scale_events import ScaleEvent
@@ -94,14 +95,24 @@ class Sizing:
         """The numbers of the host groups that have hosts."""
         return self._fleet.used_groups
 
+    def hosts_after(self, deployment: Deployment) -> list[PoolHost]:
+        """Return the hosts that stay and come if the pool's size follows another spec."""
+        groups = {number: group.fleet for number, group in deployment.groups.items()}
+        return self._fleet.hosts_after(groups, deployment.order)
+
     def follow(self, deployment: Deployment, who: str) -> None:
         """Let the pool's size follow another spec."""
         scale = deployment.spec.autoscale
-        self._fleet.autoscaler.policy, self._fleet.pending_s = scale.policy, scale.pending_s
+        self._fleet.autoscaler.follow(scale.policy)
+        self._fleet.pending_s = scale.pending_s
         groups = {number: group.fleet for number, group in deployment.groups.items()}
         self._fleet.follow(self._control, groups, deployment.order, who=who, now=self._clock())
         self._keep_fleet()
         self._wake()
+
+    def keep_constraints(self) -> None:
+        """Store the constraints for a restarted controller."""
+        store_constraints(self._namespace, self._control.constraints)
 
     def tick(self, now: float) -> list[str]:
         """Update the pool's size after a tick of the controller; return the removed hosts."""
@@ -111,7 +122,7 @@ class Sizing:
         self._keep_asleep()
         removed = list(before - self._fleet.desired().keys())
         if removed:
-            store_constraints(self._namespace, self._control.constraints)
+            self.keep_constraints()
         return removed
 
     def status(self, now: float) -> ScalingStatus:

@@ -18,11 +18,10 @@ from ...cluster.reports.status import (
     RouterServiceState,
     RouterServiceStatus,
 )
-from ...cluster.spec.deployment import Deployment
+from ...cluster.spec.deployment import Deployment, version_of
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, describe_error
 from ..runtime.garbage import starting_without_collections
-from ..runtime.log_settings import log_environment
 from ..runtime.ports import free_port
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import (
@@ -33,6 +32,7 @@ from ..runtime.ray_border import (
     ray_get,
     thread_environment,
 )
+from ..store.durable_state import SERVICE_PART, note_part
 from ..store.start_failures import recording_failure
 from ..tracing.start import trace_if_wanted
 
@@ -144,17 +144,22 @@ def restart_router_service(deployment: Deployment) -> None:
         ray.kill(ray.get_actor(NAME, namespace=namespace), no_restart=True)
     except ValueError:
         log.info("there was no router service")
+    note_part(namespace, SERVICE_PART, None)
     if deployment.router is not None:
         deadline = time.monotonic() + BIND_S
         while NAME in named_actors(namespace):
             if time.monotonic() > deadline:
                 raise ClusterError(f"the router service did not end within {BIND_S:g} s")
             time.sleep(LOOK_S / 10)
-        start_router_service(deployment.spec, namespace, deployment.router)
+        start_router_service(deployment)
 
 
-def start_router_service(spec: Spec, namespace: str, address: str) -> None:
+def start_router_service(deployment: Deployment) -> None:
     """Start the service on this node, and wait until it answers. Raises ClusterError."""
+    spec, address = deployment.spec, deployment.router
+    namespace = namespace_of(spec.name)
+    assert address is not None
+    logs = dict(deployment.log_environment)
     threads = 1 if spec.router is None else max(1, spec.router.threads)
     actor: Any = (
         ray.remote(RayRouterService)
@@ -168,7 +173,7 @@ def start_router_service(spec: Spec, namespace: str, address: str) -> None:
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
-            runtime_env={"env_vars": thread_environment(threads) | log_environment()},
+            runtime_env={"env_vars": thread_environment(threads) | logs},
         )
         .remote(spec, namespace, address)
     )
@@ -177,6 +182,7 @@ def start_router_service(spec: Spec, namespace: str, address: str) -> None:
     except BaseException:
         ray.kill(actor, no_restart=True)
         raise
+    note_part(namespace, SERVICE_PART, version_of(service_part(deployment)))
 
 
 class ServiceWatch:
@@ -203,6 +209,10 @@ class ServiceWatch:
         self._clock = clock
         self._heard_at = self._clock()
         self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def close(self) -> None:
+        """Watch it no more."""
+        self._task.cancel()
 
     def status(self) -> RouterServiceStatus:
         return RouterServiceStatus(

@@ -57,13 +57,15 @@ def log_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     return {name: environ[name] for name in (LOG, LOG_FORMAT) if environ.get(name)}
 
 
-def log_runtime_env() -> dict[str, dict[str, dict[str, str]]]:
-    """Return Ray's option that carries these variables; empty where none is set.
+def log_runtime_env(
+    variables: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, dict[str, str]]]:
+    """Return Ray's option that carries these variables (None: this process's); empty for none.
 
     An actor without the option may use a worker process that Ray has started beforehand.
     """
-    variables = log_environment()
-    return {"runtime_env": {"env_vars": variables}} if variables else {}
+    variables = log_environment() if variables is None else variables
+    return {"runtime_env": {"env_vars": dict(variables)}} if variables else {}
 
 
 def _levels(text: str) -> tuple[int | None, dict[str, int]]:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +176,17 @@ def cluster_of(namespace: str) -> str:
     return namespace.removeprefix("moesaic-")
 
 
-def actor_options(wanted: Resources, threads: int) -> dict[str, Any]:
+def actor_options(
+    wanted: Resources, threads: int, logs: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return Ray's options; ``logs`` are the variables about logs (None: this process's)."""
+    logs = log_environment() if logs is None else logs
     return {
         "num_cpus": wanted.num_cpus,
         "num_gpus": wanted.num_gpus,
         "resources": dict(wanted.resources),
         "label_selector": dict(wanted.labels),
-        "runtime_env": {"env_vars": thread_environment(threads) | log_environment()},
+        "runtime_env": {"env_vars": thread_environment(threads) | dict(logs)},
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,19 +16,25 @@ import ray
 from ray import serve
 
 from ...cluster.reports.applying import ApplyReport
-from ...cluster.spec.deployment import DeployedModel, Deployment, regrouped
+from ...cluster.spec.deployment import DeployedModel, Deployment, regrouped, version_of
 from ...cluster.spec.differences import check_changeable, differences
 from ...cluster.spec.parts import EndpointSpec
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError
 from ..router_service.service_actor import restart_router_service, service_address, service_part
 from ..runtime.ray_border import controller_of, namespace_of, ray_get
-from ..store.durable_state import stored_deployment
-from .beginning import Progress, prepare, threads_of_trunks
+from ..store.durable_state import (
+    INGRESS_PART,
+    SERVICE_PART,
+    noted_part,
+    stored_deployment,
+)
+from ..store.start_failures import forget_start_failures
+from .beginning import Progress, make_update_folders, prepare, threads_of_trunks
 from .deploy import deploy_ingress, place_monitoring, saying_why, wait_endpoint
 from .launch import wait_loaded
 from .replica.ingress_plan import fixed_part
-from .replica.names import INGRESS, trunk_app
+from .replica.names import INGRESS, app_model, trunk_app
 from .serve_border import app_name, end_apps, find_serve
 from .trunk_apps import deploy_trunks, trunk_version
 
@@ -52,6 +58,7 @@ class PlannedChange:
     replaced: frozenset[str]  # models that leave before another one of their name comes
     new_ingress: bool
     new_service: bool
+    new_trunks: bool
     by_serve: bool  # Serve itself starts the ingress anew, and says how its parts are doing
 
 
@@ -68,20 +75,21 @@ def plan_change(
     progress: Progress,
     warn: Callable[[str], None],
     *,
-    by_serve: bool = False,
+    served_at: str | None = None,
 ) -> PlannedChange:
     """Find out what ``spec`` changes, without changing anything.
 
-    ``by_serve``: Serve deploys the cluster, and asks for it. Models that are not on this machine
-    are downloaded. Raises SpecError for what a running cluster cannot follow, and CheckpointError,
-    UnsupportedModel and ClusterError.
+    ``served_at``: Serve deploys the cluster at this address, and asks for the change. Models that
+    are not on this machine are downloaded. Raises SpecError for what a running cluster cannot
+    follow, and CheckpointError, UnsupportedModel and ClusterError.
     """
     served = find_serve()
     declared = served is not None and app_name(before.spec) in served.declared
     if declared and before.spec.endpoint is not None:
         spec = as_served(spec, before.spec.endpoint.host, before.spec.endpoint.port)
     check_changeable(before.spec, spec)
-    after = _after(before, spec, prepare(spec, progress, warn, local=False, runs=True))
+    models = prepare(spec, progress, warn, local=False, runs=True)
+    after = _after(before, spec, models, served_at)
     known = {one.ref.name: one for one in before.models}
     stays = [one for one in after.models if one.ref.name in known]
     replaced = {one.ref.name for one in stays if _is_another(known[one.ref.name], one)}
@@ -94,17 +102,21 @@ def plan_change(
     ]
     places = [
         place
-        for place, number in enumerate(before.order[: len(spec.hosts)])
-        if after.order[place] != number and number not in after.order
+        for place, number in enumerate(after.order[: len(before.order)])
+        if number not in before.groups and len(after.order) >= len(before.order)
     ]
-    new_ingress = spec.endpoint is not None and fixed_part(before) != fixed_part(after)
-    new_service = before.router is not None and service_part(before) != service_part(after)
+    # With what runs: a change that was interrupted may have stored more than it has done.
+    namespace = namespace_of(spec.name)
+    ingress, service = noted_part(namespace, INGRESS_PART), noted_part(namespace, SERVICE_PART)
+    new_ingress = spec.endpoint is not None and ingress != version_of(fixed_part(after))
+    wanted = None if after.router is None else version_of(service_part(after))
+    new_service = service != wanted
     restarts = [
         *(f"model {name}: not served until it is loaded again" for name in sorted(replaced)),
         *(f"the trunks of model {name}, one after the other" for name in trunks),
         *(f"the hosts of group {place}: others take over, then these leave" for place in places),
         *(["the endpoint's process: the next one takes over"] if new_ingress else []),
-        *(["the router service: calls are refused for seconds"] if new_service else []),
+        *(["the router service: calls are refused for seconds"] if new_service and service else []),
     ]
     report = ApplyReport(
         cluster=spec.name,
@@ -112,13 +124,22 @@ def plan_change(
         restarts=restarts,
         applied=False,
     )
-    if declared and new_ingress and not by_serve:
+    if declared and new_ingress and served_at is None:
         raise ClusterError(
             "endpoint, monitoring: this needs another ingress, and `serve deploy` has deployed "
             "this one; change the args there"
         )
     gone = frozenset(replaced)
-    return PlannedChange(report, before, after, gone, new_ingress, new_service, by_serve)
+    return PlannedChange(
+        report,
+        before,
+        after,
+        replaced=gone,
+        new_ingress=new_ingress,
+        new_service=new_service,
+        new_trunks=bool(trunks),
+        by_serve=served_at is not None,
+    )
 
 
 def carry_out(change: PlannedChange, who: str, progress: Progress) -> None:
@@ -129,16 +150,18 @@ def carry_out(change: PlannedChange, who: str, progress: Progress) -> None:
     then nothing has changed.
     """
     before, after = change.before, change.after
+    namespace = namespace_of(after.spec.name)
+    make_update_folders(after.models)
+    forget_start_failures(namespace)
     if change.replaced:
         between = _without(after, change.replaced)
-        _step(before, between, who, progress)
+        _step(before, between, who, progress, lenient=change.by_serve)
         _wait_forgotten(after.spec, change.replaced, progress)
         before = between
-    _step(before, after, who, progress)
-    namespace = namespace_of(after.spec.name)
+    _step(before, after, who, progress, lenient=change.by_serve)
     if change.new_ingress and not change.by_serve:
         _restart_ingress(after)
-    if before.router != after.router or change.new_service:
+    if change.new_service:
         restart_router_service(after)
     if change.by_serve:
         return
@@ -146,6 +169,8 @@ def carry_out(change: PlannedChange, who: str, progress: Progress) -> None:
     if after.endpoint is not None:
         progress("following the spec", 0, 1)
         wait_endpoint(after)
+        if change.new_trunks:
+            _tell_ingress(after.spec, (), progress)  # their limits may be others
         progress("following the spec", 1, 1)
     _wait_left(after.spec, progress)
 
@@ -153,12 +178,16 @@ def carry_out(change: PlannedChange, who: str, progress: Progress) -> None:
 # ---- what is to be ------------------------------------------------------------------------------
 
 
-def _after(before: Deployment, spec: Spec, models: list[DeployedModel]) -> Deployment:
+def _after(
+    before: Deployment, spec: Spec, models: list[DeployedModel], served_at: str | None
+) -> Deployment:
     groups, order = regrouped(before, spec)
     same_threads = before.spec.trunk.threads == spec.trunk.threads
     place = before.endpoint
     if place is not None and spec.monitoring != before.spec.monitoring:
         place = place_monitoring(spec, place)
+    if place is not None and served_at is not None:
+        place = replace(place, url=served_at)
     same_service = before.spec.router == spec.router
     return replace(
         before,
@@ -191,28 +220,44 @@ def _without(deployment: Deployment, names: frozenset[str]) -> Deployment:
 # ---- the steps ----------------------------------------------------------------------------------
 
 
-def _step(before: Deployment, after: Deployment, who: str, progress: Progress) -> None:
-    """Change the cluster; no model is another one after this step than before."""
+def _step(
+    before: Deployment, after: Deployment, who: str, progress: Progress, *, lenient: bool
+) -> None:
+    """Change the cluster; no model is another one after this step than before.
+
+    With ``lenient`` an ingress that does not answer is no error: Serve starts another one, which
+    reads what is stored.
+    """
     spec, namespace = after.spec, namespace_of(after.spec.name)
     controller = controller_of(namespace)
     asked = controller.reshape.remote(before.to_json(), after, who)
     ray_get(asked, ASK_S, "the controller: another spec")
     if after.endpoint is None:
         return
-    gone = [name for name in before.names if name not in after.names]
+    running = find_serve()
+    apps = [] if running is None else running.of(namespace)
+    gone = [model for app in apps if (model := app_model(app)) and model not in after.names]
     with saying_why(spec):
-        deploy_trunks(after, after.names)
-        running = find_serve()
-        if running is None or app_name(spec) not in running.routes:
-            return
-        ingress: Any = ray.remote(IngressCaller).options(num_cpus=0).remote(app_name(spec))
-        try:
-            ray_get(ingress.refresh.remote(), BEGIN_S, "the endpoint: another spec")
-            if gone:
-                _wait_answers(ingress, gone, spec.drain_s, progress)
-        finally:
-            ray.kill(ingress)
-        end_apps([app for n in gone if (app := trunk_app(namespace, n)) in running.routes])
+        deploy_trunks(after, after.names, before.names)
+        if app_name(spec) in apps:
+            try:
+                _tell_ingress(spec, gone, progress)
+            except ClusterError as error:
+                if not lenient:
+                    raise
+                log.warning("the endpoint that runs does not follow the spec: %s", error)
+        end_apps([trunk_app(namespace, model) for model in gone])
+
+
+def _tell_ingress(spec: Spec, gone: Collection[str], progress: Progress) -> None:
+    """Let the ingress follow what is stored, and wait for requests of models that are gone."""
+    ingress: Any = ray.remote(IngressCaller).options(num_cpus=0).remote(app_name(spec))
+    try:
+        ray_get(ingress.refresh.remote(), BEGIN_S, "the endpoint: another spec")
+        if gone:
+            _wait_answers(ingress, list(gone), spec.drain_s, progress)
+    finally:
+        ray.kill(ingress)
 
 
 class IngressCaller:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,14 +17,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...cluster.placement import ModelRef
 from ...cluster.spec.deployment import DeployedModel, Deployment, PlacedEndpoint
-from ...cluster.spec.spec import ModelSpec, Spec
+from ...cluster.spec.spec import Spec
 from ...models.source import resolve_model
 from ...proto.errors import ClusterError, describe_error
 from ..controller.controller import Controller
 from ..preflight.check_updates import update_path
 from ..preflight.findings import raise_errors
 from ..preflight.preflight import Preflight, preflight, shape_of
-from ..runtime.log_settings import log_runtime_env
+from ..runtime.log_settings import log_environment, log_runtime_env
 from ..runtime.placement_groups import reserve
 from ..runtime.ray_border import CONTROLLER, namespace_of
 from ..store.cluster_secret import make_secret
@@ -56,7 +57,7 @@ def prepare(
             name=model.name,
             dtype=model.dtype,
             path=str(checked.folders[model.name]),
-            updates=_update_folder(model),
+            updates=None if model.updates is None else str(update_path(model.updates)),
             learns=model.train,
         )
         shape = shape_of(model, described)
@@ -79,6 +80,7 @@ def first_deployment(
         groups=dict(enumerate(spec.hosts)),
         order=tuple(range(len(spec.hosts))),
         trunk_threads=threads_of_trunks(spec),
+        log_environment=log_environment(),
         endpoint=endpoint,
         router=router,
     ).as_stored
@@ -99,6 +101,7 @@ def begin(
     """
     spec = deployment.spec
     namespace = namespace_of(spec.name)
+    make_update_folders(deployment.models)
     claim(namespace, spec.timeouts.start_s)
     begins(namespace)
     begun()
@@ -117,7 +120,7 @@ def begin(
             lifetime="detached",
             max_restarts=-1,
             num_cpus=0,
-            **log_runtime_env(),
+            **log_runtime_env(deployment.log_environment),
             # On the head node, so that losing a node of hosts does not end the controller.
             scheduling_strategy=NodeAffinitySchedulingStrategy(head_node(), soft=True),
         )
@@ -164,13 +167,11 @@ def _check(
     return checked
 
 
-def _update_folder(model: ModelSpec) -> str | None:
-    """Return the folder of a model's updates, after making it. Raises ClusterError."""
-    if model.updates is None:
-        return None
-    folder = update_path(model.updates)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ClusterError(f"updates: {folder} cannot be made: {describe_error(error)}") from error
-    return str(folder)
+def make_update_folders(models: Iterable[DeployedModel]) -> None:
+    """Make the folders of models' updates that are not there. Raises ClusterError."""
+    for folder in [Path(one.ref.updates) for one in models if one.ref.updates is not None]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = describe_error(error)
+            raise ClusterError(f"updates: {folder} cannot be made: {why}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,11 +14,12 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from ...cluster.service.web_guard import is_loopback
-from ...cluster.spec.deployment import Deployment, PlacedEndpoint
+from ...cluster.spec.deployment import Deployment, PlacedEndpoint, version_of
 from ...cluster.spec.monitoring import MonitoringSpec
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError
 from ..runtime.ray_border import last_line, namespace_of
+from ..store.durable_state import INGRESS_PART, note_part
 from ..store.start_failures import PartKind, StartFailure, describe_failures
 from .replica.ingress import ingress
 from .replica.ingress_plan import StoredPlan, fixed_part
@@ -47,6 +47,11 @@ def place_endpoint(spec: Spec, place: ServeAddress) -> PlacedEndpoint:
 
 def place_monitoring(spec: Spec, endpoint: PlacedEndpoint) -> PlacedEndpoint:
     """Return an endpoint with its monitoring where the spec wants it. Raises ClusterError."""
+    there, wanted = endpoint.monitoring, spec.monitoring
+    if there is not None and wanted is not None:
+        same = (there.host, there.port) == (wanted.host, wanted.port or there.port)
+        if same:
+            return endpoint  # its port is taken: by the ingress itself
     watched = find_monitoring(spec)
     return replace(
         endpoint,
@@ -72,13 +77,24 @@ def deploy_ingress(deployment: Deployment, prefix: str) -> None:
     """Let Serve start the ingress, or another one if it has to start anew."""
     target = serve.RunTarget(ingress_app(deployment), app_name(deployment.spec), prefix)
     serve.run_many([target], wait_for_applications_running=False)
+    note_ingress(deployment)
+
+
+def note_ingress(deployment: Deployment) -> None:
+    """Note with what Serve was asked to start the ingress."""
+    version = version_of(fixed_part(deployment))
+    note_part(namespace_of(deployment.spec.name), INGRESS_PART, version)
 
 
 def ingress_app(deployment: Deployment) -> Application:
     """Return the ingress of a stored deployment."""
-    version = hashlib.sha256(repr(fixed_part(deployment)).encode()).hexdigest()[:16]
     spec = deployment.spec
-    return ingress(StoredPlan(namespace_of(spec.name)), spec.drain_s, version)
+    return ingress(
+        StoredPlan(namespace_of(spec.name)),
+        spec.drain_s,
+        version_of(fixed_part(deployment)),
+        deployment.log_environment,
+    )
 
 
 def wait_endpoint(deployment: Deployment) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
@@ -31,12 +31,14 @@ def end_cluster(
     own_ray: EmbeddedRay | None,
     drain_s: float | None = None,
     told: Callable[[str], None] = log.info,
+    keep: Collection[str] = (),
 ) -> None:
     """End all actors and release all resources, even when ending one fails or is interrupted.
 
     With ``drain_s`` new requests are refused first, and running ones have that many seconds to
     finish; ``told`` receives the progress line by line. ``own_ray`` is Moesaic's own Ray, which
-    ends with the last cluster on it. Without ``drain_s`` nothing is waited for.
+    ends with the last cluster on it. Without ``drain_s`` nothing is waited for. Applications of
+    ``keep`` are Serve's to end.
     """
     log.info("cluster %s ends", name)
     namespace = namespace_of(name)
@@ -59,7 +61,7 @@ def end_cluster(
             last_first.callback(_end_actor, actor, namespace)
         if served and not ray_ends:
             patience_s = 0.0 if drain_s is None else LEAVE_S
-            last_first.callback(leave_serve, name, patience_s=patience_s)
+            last_first.callback(leave_serve, name, patience_s=patience_s, keep=keep)
         if drain_s is not None:
             drain(
                 drain_s=drain_s,

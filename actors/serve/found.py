@@ -39,12 +39,15 @@ def find_cluster(name: str) -> FoundCluster | None:
     If there is only one cluster, ``local`` means that one. Whoever asks can reach this Ray, so it
     is joined even if it asks for no token. Raises ClusterError.
     """
-    if not ray.is_initialized():
+    joined = not ray.is_initialized()
+    if joined:
         options = {"log_to_driver": False, "logging_level": logging.WARNING}
         join("auto", insecure=True, namespace=namespace_of(name), **options)
     there = others_on_ray("")
     if name not in there:
         if name != "local" or len(there) != 1:
+            if joined:
+                ray.shutdown()  # what this program starts later is on a Ray of its own choice
             return None
         (name,) = there
     namespace = namespace_of(name)

@@ -100,7 +100,7 @@ def launch(
         wait_loaded(spec, namespace, controller, progress)
         if launched.router is not None:
             progress("starting the router service", 0, 1)
-            start_router_service(spec, namespace, launched.router)
+            start_router_service(deployment)
             progress("starting the router service", 1, 1)
         if deployment.endpoint is not None:
             progress("starting the endpoint", 0, 1)
@@ -146,12 +146,13 @@ def wait_loaded(spec: Spec, namespace: str, controller: Any, progress: Progress)
     deadline = time.monotonic() + start_s
     desired = ray_get(controller.desired.remote(), start_s, "the controller: start")
     _wait_hosts(namespace, desired, start_s, deadline, progress)
+    may_sleep = all(model.idle_s is not None for model in spec.models)
     while spec.models:
         held, wanted, error = ray_get(controller.progress.remote(), 10.0, "the controller")
         progress("loading experts", held, wanted)
         if error:
             raise ClusterError(f"loading experts: {error}; {log_of('host', spec.name)}")
-        if held >= wanted > 0:
+        if held >= wanted and (wanted > 0 or may_sleep):
             return
         if time.monotonic() > deadline:
             raise ClusterError(

@@ -128,12 +128,13 @@ def find_address(spec: Spec) -> ServeAddress:
     return ServeAddress(running.http.host, running.http.port, prefix, serve_runs=True)
 
 
-def serve_address() -> ServeAddress:
-    """Return where the Serve that runs on this Ray listens. Raises ClusterError."""
+def serve_address(app: str) -> ServeAddress:
+    """Return where the Serve that runs on this Ray serves an application. Raises ClusterError."""
     running = find_serve()
     if running is None or running.location == ProxyLocation.Disabled or not running.http.host:
         raise ClusterError("Ray Serve serves no HTTP here; set proxy_location and http_options")
-    return ServeAddress(running.http.host, running.http.port, serve_runs=True)
+    prefix = running.routes.get(app) or "/"
+    return ServeAddress(running.http.host, running.http.port, prefix, serve_runs=True)
 
 
 def find_monitoring(spec: Spec) -> ServeAddress | None:
@@ -174,16 +175,18 @@ def quiet_serve() -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def leave_serve(cluster: str, *, patience_s: float = LEAVE_S) -> None:
+def leave_serve(cluster: str, *, patience_s: float = LEAVE_S, keep: Collection[str] = ()) -> None:
     """End the cluster's applications, and Serve itself where nothing needs it any more.
 
     Serve ends if it has no other application and was started by this cluster, or by one that is
-    gone. Replicas that have not ended within ``patience_s`` are killed.
+    gone. Replicas that have not ended within ``patience_s`` are killed. Applications of ``keep``
+    are not ended.
     """
     running = find_serve()
     if running is None:
         return
-    end_apps(running.of(namespace_of(cluster)), patience_s)
+    apps = [app for app in running.of(namespace_of(cluster)) if app not in keep]
+    end_apps(apps, patience_s)
     _end_idle_serve(leaving=cluster)
 
 
@@ -285,7 +288,7 @@ def find_serve() -> ServeState | None:
         http=http,
         location=ProxyLocation(location) if location else None,
         routes={
-            name: application.get("route_prefix")
+            name: application.get("route_prefix") or _declared_prefix(application)
             for name, application in details["applications"].items()
         },
         declared=frozenset(
@@ -294,6 +297,11 @@ def find_serve() -> ServeState | None:
             if application.get("deployed_app_config")
         ),
     )
+
+
+def _declared_prefix(application: dict[str, Any]) -> str | None:
+    """Return the path of an application that Serve is building for `serve deploy`."""
+    return (application.get("deployed_app_config") or {}).get("route_prefix")
 
 
 def _controller() -> Any:
@@ -407,6 +415,8 @@ def _end_orphans() -> None:
         return
     for namespace in sorted({app_namespace(app) for app in running.routes}):
         name = cluster_of(namespace)
+        if namespace in running.declared:
+            continue  # Serve may be building it, and its controller follows
         if name != namespace and not _has_controller(namespace):
             log.warning("cluster %s has no controller; ending its applications", name)
             end_apps(running.of(namespace))

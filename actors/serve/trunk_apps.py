@@ -6,7 +6,6 @@ over when it starts.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection
 from dataclasses import replace
@@ -17,7 +16,7 @@ from ray.serve.config import AutoscalingConfig
 
 from ...cluster.card_memory import CACHE_PAGE_TOKENS
 from ...cluster.placement import ModelRef
-from ...cluster.spec.deployment import Deployment
+from ...cluster.spec.deployment import Deployment, version_of
 from ...cluster.spec.parts import EndpointSpec
 from ...cluster.spec.spec import Spec
 from ..engine.engine import EngineConfig
@@ -29,13 +28,19 @@ from .replica.trunk import Trunk, ending_s, versioned
 from .serve_border import quiet_serve
 
 
-def deploy_trunks(deployment: Deployment, models: Collection[str]) -> None:
+def deploy_trunks(
+    deployment: Deployment, models: Collection[str], there: Collection[str] = ()
+) -> None:
     """Let Serve start, or change, the trunks of ``models``, and wait for none of them.
 
     What has not changed goes on. Trunks read their weights while hosts do, and wait for the
-    experts.
+    experts. The models ``there`` have trunks already, whose number stays.
     """
-    targets = [_target(deployment, one.ref) for one in deployment.models if one.ref.name in models]
+    targets = [
+        _target(deployment, one.ref, first=one.ref.name not in there)
+        for one in deployment.models
+        if one.ref.name in models
+    ]
     if targets:
         quiet_serve()
         serve.run_many(targets, wait_for_applications_running=False)
@@ -45,17 +50,17 @@ def trunk_version(deployment: Deployment, ref: ModelRef) -> str:
     """Return a text that is another one if the trunks of a model have to be started anew."""
     # The time for the start says nothing of a trunk that has started.
     config = replace(_config(deployment, ref), start_s=0.0)
-    options = actor_options(deployment.spec.trunk, deployment.trunk_threads)
-    return hashlib.sha256(repr((config, options)).encode()).hexdigest()[:16]
+    options = _options(deployment)
+    return version_of((deployment.id, config, options))
 
 
-def _target(deployment: Deployment, ref: ModelRef) -> serve.RunTarget:
+def _target(deployment: Deployment, ref: ModelRef, *, first: bool) -> serve.RunTarget:
     spec = deployment.spec
     wanted = Trunk.options(
         name=trunk_name(ref.name),
-        ray_actor_options=actor_options(spec.trunk, deployment.trunk_threads),
+        ray_actor_options=_options(deployment),
         graceful_shutdown_timeout_s=ending_s((spec.endpoint or EndpointSpec()).drain_s),
-        **_replicas(spec),
+        **_replicas(spec, first=first),
     )
     app = versioned(wanted, trunk_version(deployment, ref)).bind(
         EngineFactory(_config(deployment, ref))
@@ -81,7 +86,12 @@ def _config(deployment: Deployment, ref: ModelRef) -> TrunkConfig:
     )
 
 
-def _replicas(spec: Spec) -> dict[str, Any]:
+def _options(deployment: Deployment) -> dict[str, Any]:
+    logs = deployment.log_environment
+    return actor_options(deployment.spec.trunk, deployment.trunk_threads, logs)
+
+
+def _replicas(spec: Spec, *, first: bool) -> dict[str, Any]:
     trunk, scale = spec.trunk, spec.autoscale
     if trunk.min_replicas == trunk.max_replicas:
         return {"num_replicas": trunk.max_replicas}
@@ -89,7 +99,7 @@ def _replicas(spec: Spec) -> dict[str, Any]:
         "autoscaling_config": AutoscalingConfig(
             min_replicas=trunk.min_replicas,
             # One even where trunks may scale to zero: the ingress reads each trunk's limits first.
-            initial_replicas=max(1, trunk.min_replicas),
+            initial_replicas=max(1, trunk.min_replicas) if first else None,
             max_replicas=trunk.max_replicas,
             target_ongoing_requests=trunk.target_requests,
             upscale_delay_s=scale.up_after_s,

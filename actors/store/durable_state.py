@@ -30,6 +30,9 @@ _CLAIM, _DEPLOYMENT = "claim", "deployment"
 _LATEST, _CONSTRAINTS, _FLEET, _ASLEEP = "latest-term", "constraints", "fleet", "asleep"
 _HISTORY = "history"
 _UPDATES = "updates-"  # and the term
+# Parts that take something over when they start (`note_part`).
+INGRESS_PART, SERVICE_PART = "ingress", "router-service"
+_PART = "part-"  # and its name
 
 
 def claim(namespace: str, start_s: float) -> None:
@@ -58,6 +61,20 @@ def stored_deployment(namespace: str) -> Deployment | None:
     """Return what the cluster is to be; None: there is none. Raises ClusterError."""
     text = _internal_kv_get(_DEPLOYMENT, namespace=namespace)
     return Deployment.from_json(text) if text else None
+
+
+def note_part(namespace: str, part: str, version: str | None) -> None:
+    """Note with what a part of the cluster was started last (None: it is not there)."""
+    if version is None:
+        _internal_kv_del(f"{_PART}{part}", namespace=namespace)
+    else:
+        _internal_kv_put(f"{_PART}{part}", version, overwrite=True, namespace=namespace)
+
+
+def noted_part(namespace: str, part: str) -> str | None:
+    """Return with what a part of the cluster was started last; None: it is not there."""
+    found = _internal_kv_get(f"{_PART}{part}", namespace=namespace)
+    return found.decode() if found else None
 
 
 def claim_term(namespace: str) -> int:
@@ -154,7 +171,8 @@ def forget_last(namespace: str) -> None:
     """Delete what an earlier cluster of this name left and could not remove itself."""
     for key in (_DEPLOYMENT, _CONSTRAINTS, _FLEET, _ASLEEP, _HISTORY):
         _internal_kv_del(key, namespace=namespace)
-    _internal_kv_del(_UPDATES, del_by_prefix=True, namespace=namespace)
+    for prefix in (_UPDATES, _PART):
+        _internal_kv_del(prefix, del_by_prefix=True, namespace=namespace)
     forget_start_failures(namespace)
 
 

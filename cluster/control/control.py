@@ -124,7 +124,8 @@ class Control:
 
     def hear(self, report: LoadReport, now: float) -> None:
         """Take note of a router's report: what it counted, and which placement it follows."""
-        self.loads.hear(report)
+        own = {key: n_E for key, n_E in report.counts.items() if self._is_own(key, n_E.size)}
+        self.loads.hear(replace(report, counts=own))
         self.idle_models.hear(report, now)
         self.publisher.acknowledged(report.router, report.placement_id, now)
         live = self.publisher.routers(now)
@@ -456,8 +457,9 @@ class Control:
 
     def roll_back(self, change: Change, now: float) -> None:
         """Return to the target from before a change; the next tick plans what no longer fits."""
-        before = change.layers_before.items()  # perhaps with models that were removed since
-        self.target.set_layers({key: layer for key, layer in before if key.model in self.models})
+        before = change.layers_before.items()  # perhaps with models that have left since
+        own = {key: one for key, one in before if self._is_own(key, len(one.replicas))}
+        self.target.set_layers(own)
         self._planned_for = None
         self.rebalance_timer.pause(now)
         self.changes.rolled_back(change, now)
@@ -484,6 +486,11 @@ class Control:
 
     def _awake(self) -> list[ModelShape]:
         return self.idle_models.awake(self.models.values())
+
+    def _is_own(self, key: LayerKey, experts: int) -> bool:
+        """Return whether a layer of so many experts is one of a model that is served."""
+        shape = self.models.get(key.model)
+        return shape is not None and shape.experts.get(key.layer) == experts
 
     def _budget(self) -> int:
         return self.policy.moves(self.target.replicas(), self._awake())

@@ -162,6 +162,12 @@ class Autoscaler:
         self._waits = _Mark(policy.up_after_s)
         self._rest_until = -math.inf
 
+    def follow(self, policy: ScalePolicy) -> None:
+        """Decide by another policy from now on."""
+        self.policy = policy
+        self._up.after_s = self._waits.after_s = policy.up_after_s
+        self._down.after_s = policy.down_after_s
+
     def rest(self, now: float) -> None:
         """Pause after any change of the number of hosts, to observe its effect first."""
         self._rest_until = now + self.policy.cooldown_s

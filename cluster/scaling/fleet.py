@@ -56,16 +56,16 @@ class Fleet:
         self._retired: list[str] = []
         self._asked_at: dict[str, float] = {}  # hosts that are not up yet
         self._next = 0
-        # How many hosts the spec asked each group for at first, when this fleet last followed it.
-        self._counts = {number: self.groups[number].count for number in self.order}
+        # What the spec said of each group's size when this fleet last followed it.
+        self._asked = {number: _size(self.groups[number]) for number in self.order}
         if kept:
             self._group_of = {name: int(group) for name, group in kept["hosts"].items()}
             self._retired = list(kept["retired"])
             self._next = int(kept["next"])
-            self._counts = {int(number): count for number, count in kept["counts"].items()}
+            self._asked = {int(number): tuple(size) for number, size in kept["sizes"].items()}
         else:
-            for number, count in self._counts.items():
-                for _ in range(count):
+            for number in self.order:
+                for _ in range(self.groups[number].count):
                     self._group_of[self._name()] = number
 
     def pool_hosts(self) -> list[PoolHost]:
@@ -87,7 +87,7 @@ class Fleet:
             "hosts": self._group_of,
             "retired": self._retired,
             "next": self._next,
-            "counts": self._counts,
+            "sizes": self._asked,
         }
 
     def staying(self, group: int) -> list[str]:
@@ -112,7 +112,7 @@ class Fleet:
         """Follow what a spec says of groups; what it said before already changes nothing.
 
         A new group gets its hosts, and the hosts of a group that is not in ``order`` leave. Another
-        count is taken as a request for that size; else the size stays, within the bounds.
+        count is taken as a request for that size; else the size stays, within bounds that are new.
         """
         gone = [number for number in self.order if number not in order]
         places = {number: place for place, number in enumerate(self.order)}
@@ -122,18 +122,32 @@ class Fleet:
             control.view.change(self.groups[number].pool_host(name))
         control.replan()
         for number in order:
-            group, there = self.groups[number], len(self.staying(number))
-            count = min(max(there, group.min_count), group.max_count)
-            if self._counts.get(number) != group.count:
-                count = group.count
-            if count != there:
+            count = self._size_after(number, self.groups[number])
+            if count != len(self.staying(number)):
                 self._set(control, number, count, who, "the spec", now)
         for number in {*gone, *self.used_groups} - set(order):
             if self.staying(number):
                 place = places.get(number, len(places))
                 self._set(control, number, 0, who, "not in the spec any more", now, place=place)
-        self._counts = {number: self.groups[number].count for number in order}
+        self._asked = {number: _size(self.groups[number]) for number in order}
         self.version += 1
+
+    def hosts_after(self, groups: Mapping[int, FleetGroup], order: Sequence[int]) -> list[PoolHost]:
+        """Return the hosts that stay and come if the fleet follows these groups."""
+        return [
+            groups[number].pool_host(f"{number}/{place}")
+            for number in order
+            for place in range(self._size_after(number, groups[number]))
+        ]
+
+    def _size_after(self, number: int, group: FleetGroup) -> int:
+        count, *bounds = self._asked.get(number, (None,))
+        if count != group.count:
+            return group.count
+        there = len(self.staying(number))
+        if bounds == [group.min_count, group.max_count]:
+            return there
+        return min(max(there, group.min_count), group.max_count)
 
     # ---- one round ------------------------------------------------------------------------------
 
@@ -349,3 +363,7 @@ class Fleet:
     def _name(self) -> str:
         self._next += 1
         return f"host-{self._next - 1}"
+
+
+def _size(group: FleetGroup) -> tuple[int, int, int]:
+    return group.count, group.min_count, group.max_count

@@ -6,8 +6,9 @@ from this record alone.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from urllib.parse import urlsplit
 
@@ -58,6 +59,8 @@ class Deployment:
     groups: Mapping[int, HostGroup]
     order: Sequence[int]
     trunk_threads: int = 1  # of each trunk
+    # Of every process of the cluster: what whoever started it said of logs.
+    log_environment: Mapping[str, str] = field(default_factory=dict)
     endpoint: PlacedEndpoint | None = None
     router: str | None = None  # host:port of the router service
 
@@ -73,6 +76,13 @@ class Deployment:
         A default of 0 for a float, say, has become 0.0.
         """
         return Deployment.from_json(self.to_json())
+
+    def is_like(self, other: Deployment) -> bool:
+        """Return whether both say the same, but for groups that are leaving."""
+        return self._own() == other._own()
+
+    def _own(self) -> str:
+        return replace(self, groups={n: self.groups[n] for n in sorted(self.order)}).to_json()
 
     def to_json(self) -> str:
         return _FORM.dump_json(self).decode()
@@ -90,6 +100,11 @@ class Deployment:
 
 
 _FORM = TypeAdapter(Deployment)
+
+
+def version_of(part: object) -> str:
+    """Return a short text that is another one if what a part has taken over is."""
+    return hashlib.sha256(repr(part).encode()).hexdigest()[:16]
 
 
 def host_part(spec: Spec, group: HostGroup) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,10 @@ log = logging.getLogger(__name__)
 _BESIDE_THE_PROXY = {"num_cpus": 0, "resources": {HEAD_NODE: 0.001}}
 
 
+# How long an ingress that can serve one model waits for the others before it serves.
+OTHERS_S = 20.0
+
+
 @dataclass(slots=True)
 class _Part:
     """One model in the ingress."""
@@ -79,15 +83,14 @@ class Ingress:
         self._clients: dict[str, TrunkClient] = {}
         self._forgotten: dict[str, ModelHealth] = {}
         self._changing = asyncio.Lock()
+        self._owners: dict[str, str] = {}  # of aliases
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         with starting("ingress"):
             self._plan = plan = await in_thread(self._find_plan)
             bodies = self._bodies = Bodies(BodyLimits.of(plan.endpoint.limits))
             self._follow(plan)
-            for part in self._parts.values():
-                assert part.coming is not None
-                await part.coming
+            await self._first_models()
         endpoint, metrics = plan.endpoint, HttpMetrics()
         health = Health(self._healths, leaving=lambda: self._gate.ending)
         return create_app(
@@ -150,6 +153,8 @@ class Ingress:
             part.client.cold_start_s = plan.cold_start_s
             if part.model is not None:
                 part.model.limits = self._limits(part, wanted)
+                part.coming = asyncio.create_task(self._renew(name, part))
+                part.coming.add_done_callback(self._tell)
             elif part.coming is None or (part.coming.done() and not part.coming.cancelled()):
                 part.coming = asyncio.create_task(self._add(name, part, wanted))
                 part.coming.add_done_callback(self._tell)
@@ -166,11 +171,34 @@ class Ingress:
         part.model = ServedModel(name, tokenizer, limits, traced_call(generate, name), embed)
         self._publish()
 
+    async def _renew(self, name: str, part: _Part) -> None:
+        """Take over the limits of a model's trunk, which may be another one since the last plan."""
+        if await part.client.is_awake():  # a trunk that sleeps stays asleep
+            part.limits = await part.client.limits()
+            if part.model is not None and name in self._plan.models:
+                part.model.limits = self._limits(part, self._plan.models[name])
+
+    async def _first_models(self) -> None:
+        """Wait for all models, but not for long for one whose trunk does not start.
+
+        Raises the error of one of them if none can be served.
+        """
+        coming = [part.coming for part in self._parts.values() if part.coming is not None]
+        while coming and not any(part.model for part in self._parts.values()):
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            coming = [one for one in coming if one not in done]
+            if not coming and not any(part.model for part in self._parts.values()):
+                await done.pop()
+        if coming:
+            _, late = await asyncio.wait(coming, timeout=OTHERS_S)
+            if late:
+                log.warning("%d models follow when their trunks have started", len(late))
+
     def _tell(self, coming: asyncio.Task[None]) -> None:
-        """Log why a model cannot be served; at the ingress's own start the error is raised."""
+        """Log why a model cannot be served, or what is new about it cannot be found out."""
         if not coming.cancelled() and (error := coming.exception()) is not None:
             known = None if isinstance(error, MoesaicError) else error
-            log.error("a model cannot be served: %s", error, exc_info=known)
+            log.error("a model is not served as it was asked for: %s", error, exc_info=known)
 
     def _limits(self, part: _Part, wanted: ModelPlan) -> RequestLimits:
         assert part.limits is not None
@@ -179,8 +207,14 @@ class Ingress:
 
     def _publish(self) -> None:
         """Let requests find the models that are served, under all their names."""
-        aliases = {name: one.aliases for name, one in self._plan.models.items()}
+        aliases = {name: list(one.aliases) for name, one in self._plan.models.items()}
         ready = {name: one for name, one in self._parts.items() if one.model is not None}
+        # An alias moves when the model that gets it answers.
+        for name in aliases.keys() - ready.keys():
+            for alias in aliases[name]:
+                if (before := self._owners.get(alias)) in ready and before is not None:
+                    aliases[before].append(alias)
+        self._owners = {alias: name for name in ready for alias in aliases[name]}
         self._names.set({name: one.model for name, one in ready.items() if one.model}, aliases)
         self._healths.set({name: one.health for name, one in ready.items()}, aliases)
 
@@ -206,13 +240,19 @@ class Ingress:
         )
 
 
-def ingress(find_plan: Callable[[], IngressPlan], drain_s: float, version: str = "") -> Application:
+def ingress(
+    find_plan: Callable[[], IngressPlan],
+    drain_s: float,
+    version: str = "",
+    logs: Mapping[str, str] | None = None,
+) -> Application:
     """Return the ingress as an application for ``serve.run``.
 
-    Serve lets an ingress of the same ``version`` run on; empty: it starts another one.
+    Serve lets an ingress of the same ``version`` run on; empty: it starts another one. ``logs``:
+    the variables about logs (None: this process's).
     """
     deployment = Ingress.options(
         graceful_shutdown_timeout_s=ending_s(drain_s),
-        ray_actor_options=_BESIDE_THE_PROXY | log_runtime_env(),
+        ray_actor_options=_BESIDE_THE_PROXY | log_runtime_env(logs),
     )
     return versioned(deployment, version).bind(find_plan)

@@ -113,7 +113,7 @@ def fixed_part(deployment: Deployment) -> object:
     assert spec.endpoint is not None and place is not None
     own = spec.endpoint
     watched = None if spec.monitoring is None else spec.monitoring.hot_experts
-    return own.cors_origins, own.allowed_hosts, own.drain_s, place, watched
+    return deployment.id, own.cors_origins, own.allowed_hosts, own.drain_s, place, watched
 
 
 def cold_start_s(deployment: Deployment) -> float | None:

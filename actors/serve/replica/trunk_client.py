@@ -141,7 +141,7 @@ class TrunkClient:
 
     async def hear(self) -> TrunkHeartbeat | None:
         """Return a trunk's heartbeat (`health.HeartbeatSource`); do not wake one that sleeps."""
-        if self.cold_start_s is not None and not await self._is_awake():
+        if not await self.is_awake():
             return None
         asked = cast("DeploymentResponse[TrunkHeartbeat]", self._handle.heartbeat.remote())
         try:
@@ -150,7 +150,10 @@ class TrunkClient:
             asked.cancel()
             raise
 
-    async def _is_awake(self) -> bool:
+    async def is_awake(self) -> bool:
+        """Return whether there is a trunk; asking one that is scaled to zero would start it."""
+        if self.cold_start_s is None:
+            return True
         if self._asked_serve is None or self._asked_serve.done():
             # Serve may never answer, so at most one thread waits for it.
             self._asked_serve = asyncio.ensure_future(asyncio.to_thread(self._runs))

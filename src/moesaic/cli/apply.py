@@ -55,18 +55,19 @@ def apply(
         done = cluster.apply(wanted, restarts=True, progress=progress, warn=_warn)
     if as_json:
         print_report(done)
-    elif planned.differences:
+    elif planned.differences or planned.restarts:
         out.print(f"cluster {wanted.name} follows {spec}", soft_wrap=True)
 
 
 def _print(report: ApplyReport) -> None:
-    if not report.differences:
+    if not report.differences and not report.restarts:
         out.print(f"cluster {report.cluster} runs as the spec says")
         return
     shown = table("key", "now", "then")
     for one in report.differences:
         shown.add_row(one.path, _value(one.before), _value(one.after))
-    out.print(shown)
+    if report.differences:
+        out.print(shown)
     for part in report.restarts:
         out.print(f"restarts: {part}", markup=False)
     if not report.restarts:

@@ -72,11 +72,11 @@ def number(value: float) -> str:
 
 
 # (name of the step, done, total)
-Report = Callable[[str, int, int], None]
+ShowProgress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[Report]:
+def bars(console: Console) -> Iterator[ShowProgress]:
     """Show one bar for each step, in the order in which the steps are first reported.
 
     Where nobody watches, a line says when a step begins and when it is done.
@@ -101,7 +101,7 @@ def bars(console: Console) -> Iterator[Report]:
         yield report
 
 
-def _lines(console: Console) -> Report:
+def _lines(console: Console) -> ShowProgress:
     said: set[tuple[str, bool]] = set()
 
     def report(step: str, done: int, total: int) -> None:

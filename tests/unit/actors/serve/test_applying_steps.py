@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from moesaic.actors.router_service.service_actor import service_part
 from moesaic.actors.serve import applying, launch
 from moesaic.actors.serve.applying import PlannedChange, carry_out, plan_change
+from moesaic.actors.serve.replica.ingress_plan import fixed_part
 from moesaic.actors.serve.serve_border import ServeState
 from moesaic.actors.serve.trunk_apps import trunk_version
+from moesaic.actors.store.durable_state import INGRESS_PART, SERVICE_PART
 from moesaic.cluster.placement import ModelRef
-from moesaic.cluster.spec.deployment import DeployedModel, Deployment, PlacedEndpoint
+from moesaic.cluster.spec.deployment import DeployedModel, Deployment, PlacedEndpoint, version_of
 from moesaic.cluster.spec.monitoring import MonitoringSpec
 from moesaic.cluster.spec.spec import Spec, parse_spec
 from tests.helpers.cluster.control_world import shape
@@ -21,7 +24,7 @@ from tests.helpers.cluster.control_world import shape
 MODELS = [{"name": "m", "path": "/m"}]
 
 
-def quiet(*_: Any) -> None:
+def quiet(*_: Any, **__: Any) -> None:
     pass
 
 
@@ -64,8 +67,14 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Plan a change without a machine to look at."""
     monkeypatch.setattr(applying, "find_serve", lambda: None)
     monkeypatch.setattr(applying, "prepare", lambda spec, *_, **__: deployed(spec))
+    parts: dict[str, str] = {}
 
     def plan(before: Deployment, **values: Any) -> PlannedChange:
+        if not parts:  # the parts that run are those of the first deployment
+            parts[INGRESS_PART] = version_of(fixed_part(before))
+            if before.router is not None:
+                parts[SERVICE_PART] = version_of(service_part(before))
+        monkeypatch.setattr(applying, "noted_part", lambda _, part: parts.get(part))
         return plan_change(before, spec_of(**values), quiet, quiet)
 
     return plan
@@ -100,6 +109,7 @@ def test_a_router_service_that_is_new_starts_also_if_a_model_is_replaced(
         )
     )
     monkeypatch.setattr(applying, "_step", quiet)
+    monkeypatch.setattr(applying, "forget_start_failures", quiet)
     monkeypatch.setattr(applying, "_wait_forgotten", quiet)
     monkeypatch.setattr(applying, "wait_loaded", quiet)
     monkeypatch.setattr(applying, "wait_endpoint", quiet)
@@ -169,7 +179,7 @@ def test_serve_says_under_which_path_it_serves_a_second_cluster(
     # The application of the cluster that Serve is building has no route before it is built.
     state = ServeState(http, None, {"moesaic-one": "/", "moesaic-two": "/two"})
     monkeypatch.setattr(serve_border, "find_serve", lambda: state)
-    assert serve_border.serve_address().prefix == "/two"
+    assert serve_border.serve_address("moesaic-two").prefix == "/two"
 
 
 # ---- the Serve and the Ray that others use ------------------------------------------------------

@@ -6,7 +6,10 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from moesaic.actors.engine.engine import RequestLimits
+from moesaic.actors.serve.replica import ingress
 from moesaic.actors.serve.replica.ingress import Ingress
 from moesaic.actors.serve.replica.ingress_plan import IngressPlan, ModelPlan
 from tests.helpers.models.tiny import tiny_tokenizer
@@ -75,8 +78,9 @@ def test_a_trunk_that_was_started_anew_tells_its_limits() -> None:
     asyncio.run(run())
 
 
-def test_an_ingress_starts_although_one_trunk_never_does() -> None:
+def test_an_ingress_starts_although_one_trunk_never_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its predecessor has died, and a model that came since has a trunk that cannot start."""
+    monkeypatch.setattr(ingress, "OTHERS_S", 0.01)
 
     async def run() -> None:
         plans = {"m": model_plan(Handle(LIMITS)), "broken": model_plan(Handle(None))}

@@ -125,9 +125,9 @@ def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(serve_border, "_LOOK_S", 0.0)
     monkeypatch.setattr(httpx.Client, "get", get)
-    wait_answers(ServeAddress("127.0.0.1", 80), ["m"], 10.0)
+    wait_answers("http://127.0.0.1:80", ["m"], 10.0)
     with pytest.raises(ClusterError, match=r"does not answer for n within 0 s: it serves \['m'\]"):
-        wait_answers(ServeAddress("127.0.0.1", 80), ["n"], 0.0)
+        wait_answers("http://127.0.0.1:80", ["n"], 0.0)
 
 
 def test_a_monitoring_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +141,9 @@ def test_a_monitoring_address_that_does_not_answer(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(serve_border, "_LOOK_S", 0.0)
     monkeypatch.setattr(httpx.Client, "get", get)
-    wait_monitored(ServeAddress("127.0.0.1", 80), ["m"], 10.0)
+    wait_monitored("http://127.0.0.1:80", ["m"], 10.0)
     with pytest.raises(ClusterError, match=r"within 0 s: it has the models \['m'\]; if another"):
-        wait_monitored(ServeAddress("127.0.0.1", 80), ["n"], 0.0)
+        wait_monitored("http://127.0.0.1:80", ["n"], 0.0)
     answers = iter([httpx.Response(200, json=[])])
     with pytest.raises(ClusterError, match="its answer is not the status of a cluster"):
-        wait_monitored(ServeAddress("127.0.0.1", 80), ["m"], 0.0)
+        wait_monitored("http://127.0.0.1:80", ["m"], 0.0)

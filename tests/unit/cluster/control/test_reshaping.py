@@ -29,6 +29,7 @@ def remove(world: ControlWorld, model: str) -> None:
     world.models = [(one, on_disk) for one, on_disk in world.models if one.model != model]
     world.on_disk.discard(model)
     remove_model(world.control, model)
+    world.keep_updates()
     # The simulated pool knows that hosts may evict the last replicas of a model that is asleep.
     world.control.idle_models.keep_asleep([model])
 

@@ -148,7 +148,7 @@ def test_the_autoscaler_follows_the_times_of_another_policy() -> None:
     """As `Sizing.follow` lets it: the same fleet, another policy."""
     world = started(group(2), scale=ScalePolicy(up_after_s=1e9, down_after_s=1e9))
     fleet: Fleet = world.fleet
-    fleet.autoscaler.policy = ScalePolicy(up_after_s=1.0, down_after_s=1e9, cooldown_s=0.0)
+    fleet.autoscaler.follow(ScalePolicy(up_after_s=1.0, down_after_s=1e9, cooldown_s=0.0))
     state = GroupState(
         min_count=1,
         max_count=6,
