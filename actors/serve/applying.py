@@ -153,6 +153,8 @@ def carry_out(change: PlannedChange, who: str, progress: Progress) -> None:
     namespace = namespace_of(after.spec.name)
     make_update_folders(after.models)
     forget_start_failures(namespace)
+    # Hosts may still forget a model that left a moment ago.
+    _wait_forgotten(after.spec, set(after.names) - set(before.names), progress)
     if change.replaced:
         between = _without(after, change.replaced)
         _step(before, between, who, progress, lenient=change.by_serve)
@@ -294,12 +296,12 @@ def _restart_ingress(after: Deployment) -> None:
         deploy_ingress(after, prefix or "/")
 
 
-def _wait_forgotten(spec: Spec, names: frozenset[str], progress: Progress) -> None:
+def _wait_forgotten(spec: Spec, names: Collection[str], progress: Progress) -> None:
     controller = controller_of(namespace_of(spec.name))
     deadline = time.monotonic() + spec.drain_s + FORGET_S
     for done, name in enumerate(sorted(names)):
-        progress("models leave", done, len(names))
         while ray_get(controller.left.remote(name), ASK_S, "the controller"):
+            progress("models leave", done, len(names))
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"models.{name}: hosts have not forgotten the model that it was, and the new "
