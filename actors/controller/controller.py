@@ -318,13 +318,13 @@ class Controller:
 
     # ---- another spec: see `Reshaping` ----------------------------------------------------------
 
-    async def reshape(self, before: str, wanted: Deployment, who: str) -> None:
-        watched = self._reshaping.deployment.router
-        await self._reshaping.follow(before, wanted, who)
-        if (router := self._reshaping.deployment.router) != watched:
-            if self._overview.service is not None:
-                self._overview.service.close()
-            self._overview.service = self._service_watch(router)
+    async def reshape(
+        self, before: str, wanted: Deployment, who: str, then: Deployment | None
+    ) -> None:
+        await self._reshaping.follow(before, wanted, who, then)
+        if self._overview.service is not None:
+            self._overview.service.close()
+        self._overview.service = self._service_watch(wanted.router)
 
     async def left(self, model: str) -> bool:
         """Return whether some host still knows a model that the cluster serves no more."""

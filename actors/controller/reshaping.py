@@ -17,7 +17,7 @@ from ...cluster.expert_keys import LayerKey
 from ...cluster.placement import ModelRef, ModelShape
 from ...cluster.planner.capacity import capacity_shortage
 from ...cluster.spec.deployment import DeployedModel, Deployment
-from ...proto.errors import ClusterError
+from ...proto.errors import ClusterError, MoesaicError
 from ..host.report import HostReport
 from ..store.durable_state import store_deployment
 from .sizing import Sizing
@@ -67,11 +67,14 @@ class Reshaping:
         # Models that are no more in the deployment, and until when their trunks may end.
         self._leaving: dict[str, float] = {}
 
-    async def follow(self, before: str, wanted: Deployment, who: str) -> None:
+    async def follow(
+        self, before: str, wanted: Deployment, who: str, then: Deployment | None = None
+    ) -> None:
         """Let the cluster be as ``wanted`` from now on, if it is as ``before`` (JSON) still.
 
-        Everything is checked first, and stored before anything changes: a later controller goes on
-        from there. A model that is replaced has to leave first. Raises ClusterError.
+        ``then`` is what it is to be in the end, if this is a step on the way. Everything is checked
+        first, and stored before anything changes: a later controller goes on from there. A model
+        that is replaced has to leave first. Raises ClusterError.
         """
         async with self._alone:
             await self._settled()
@@ -86,7 +89,7 @@ class Reshaping:
             stays = [one for name, one in asked.items() if name in known]
             try:
                 self._check(gone, fresh, stays)
-                self._check_room(wanted)
+                self._check_room(then or wanted)
             except ValueError as error:
                 raise ClusterError(str(error)) from error
             used = self._sizing.used_groups | set(wanted.order)
@@ -195,10 +198,12 @@ class Reshaping:
                 f"{STORE_S:g} s; it happens if the GCS comes back: see `moesaic status`"
             ) from None
         except (RayError, ConnectionError, RuntimeError) as error:
-            self._changing = None
             raise ClusterError(
                 f"the change cannot be stored, so that nothing has changed: {error}"
             ) from error
+        finally:
+            if self._changing.done():
+                self._changing = None
 
     async def _store_and_change(
         self,
@@ -229,8 +234,14 @@ class Reshaping:
             self._models[one.ref.name] = one.ref, one.shape
         follow(control, spec.balance.policy)
         self._sizing.follow(self.deployment, who)
+        failed: list[MoesaicError] = []
         for one in fresh:
-            self._adopt(one.ref, one.shape)
+            try:
+                self._adopt(one.ref, one.shape)
+            except MoesaicError as error:  # the folder of its updates, say
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
 
 def _like(shape: ModelShape, other: ModelShape) -> ModelShape:

@@ -100,11 +100,9 @@ def plan_change(
         and one.ref.name not in replaced
         and trunk_version(after, one.ref) != trunk_version(before, one.ref)
     ]
-    places = [
-        place
-        for place, number in enumerate(after.order[: len(before.order)])
-        if number not in before.groups and len(after.order) >= len(before.order)
-    ]
+    # A new group restarts nothing, nor does one that goes; both together are a replacement.
+    goes = any(number not in after.order for number in before.order)
+    places = [n for n, number in enumerate(after.order) if goes and number not in before.groups]
     # With what runs: a change that was interrupted may have stored more than it has done.
     namespace = namespace_of(spec.name)
     ingress, service = noted_part(namespace, INGRESS_PART), noted_part(namespace, SERVICE_PART)
@@ -157,7 +155,7 @@ def carry_out(change: PlannedChange, who: str, progress: Progress) -> None:
     _wait_forgotten(after.spec, set(after.names) - set(before.names), progress)
     if change.replaced:
         between = _without(after, change.replaced)
-        _step(before, between, who, progress, lenient=change.by_serve)
+        _step(before, between, who, progress, lenient=change.by_serve, then=after)
         _wait_forgotten(after.spec, change.replaced, progress)
         before = between
     _step(before, after, who, progress, lenient=change.by_serve)
@@ -223,16 +221,22 @@ def _without(deployment: Deployment, names: frozenset[str]) -> Deployment:
 
 
 def _step(
-    before: Deployment, after: Deployment, who: str, progress: Progress, *, lenient: bool
+    before: Deployment,
+    after: Deployment,
+    who: str,
+    progress: Progress,
+    *,
+    lenient: bool,
+    then: Deployment | None = None,
 ) -> None:
     """Change the cluster; no model is another one after this step than before.
 
-    With ``lenient`` an ingress that does not answer is no error: Serve starts another one, which
-    reads what is stored.
+    What follows (``then``) is checked before this step is taken. With ``lenient`` an ingress that
+    does not answer is no error: Serve starts another one, which reads what is stored.
     """
     spec, namespace = after.spec, namespace_of(after.spec.name)
     controller = controller_of(namespace)
-    asked = controller.reshape.remote(before.to_json(), after, who)
+    asked = controller.reshape.remote(before.to_json(), after, who, then)
     ray_get(asked, ASK_S, "the controller: another spec")
     if after.endpoint is None:
         return
