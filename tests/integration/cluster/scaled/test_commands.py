@@ -147,11 +147,11 @@ NOT_RUN = {
     "moesaic apply": "the command's name, in a sentence",
     "moesaic apply SPEC": "`test_applying.py` does",
     "moesaic apply SPEC --dry-run": "`test_applying.py` does",
-    "moesaic apply mine.yaml": "as above",
-    "moesaic apply mine.yaml --dry-run": "as above",
     "moesaic apply /etc/moesaic/spec.yaml": "a file in a pod of the chart",
     "moesaic up deploy/training.yaml": "as above; trained: test_training_on_ray.py",
     "moesaic down": "tests/e2e/test_up_and_down.py",
+    "moesaic down --name NAME": "as above",
+    "moesaic down --name chat": "as above",
     "moesaic chat": "a conversation: tests/unit/face/test_command_line.py",
     "moesaic bench": "its defaults take minutes: test_a_short_load",
     "moesaic expert put FILE": "needs weights: tests/integration/cluster/test_kept_updates.py",
@@ -168,7 +168,6 @@ NOT_RUN = {
     "moesaic pin": "the command's name, in a sentence",
     "moesaic replicate": "the command's name, in a sentence",
     "moesaic scale": "the command's name, in a sentence",
-    "moesaic undrain": "the command's name, in a sentence",
     "moesaic unpin": "the command's name, in a sentence",
 }
 COMMANDS = sorted({re.sub(r'\[?"\.\.\."\]?', "...", text) for _, text in written_commands()})
