@@ -164,6 +164,7 @@ NOT_RUN = {
     "moesaic upcycle DENSE OUT": "needs a dense model: tests/unit/models/upcycling/test_upcycle.py",
     "moesaic inspect": "the command's name, in a sentence",
     "moesaic drain": "the command's name, in a sentence",
+    "moesaic undrain": "the command's name, in a sentence",
     "moesaic record": "the command's name, in a sentence",
     "moesaic pin": "the command's name, in a sentence",
     "moesaic replicate": "the command's name, in a sentence",
