@@ -93,11 +93,11 @@ def test_a_model_comes_and_goes_and_the_other_is_not_touched(
             text_of(client, "two", TOKENS)
         wait_until(lambda: [one.name for one in cluster.status().models] == ["m"])
 
-        def no_expert_is_left() -> bool:
+        def replicas() -> int:
             return sum(host.process.replicas for host in hosts_of(cluster).values() if host.process)
 
         held = sum(len(one.replicas) for one in cluster.experts())
-        wait_until(lambda: no_expert_is_left() == held)
+        wait_until(lambda: replicas() == held)
         cluster.apply(values)
         assert text_of(client, "two", TOKENS) == second, "it comes again, and is the same"
         cluster.apply(before)
