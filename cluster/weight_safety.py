@@ -1,4 +1,4 @@
-"""Which served weights are in files, and which only hosts have, or nobody any more."""
+"""Which served weights are in files, which are only on hosts, and which are lost."""
 
 from __future__ import annotations
 

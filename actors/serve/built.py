@@ -84,4 +84,4 @@ def _changed(spec: Spec, place: ServeAddress) -> Deployment:
 
 
 def _unseen(step: str, done: int, total: int) -> None:
-    """Show no progress: nobody looks at this task's output."""
+    """Show no progress: Serve logs the result alone."""

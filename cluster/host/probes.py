@@ -6,8 +6,8 @@ use, over a connection of its own, so an idle host is judged as a busy one is, a
 Ray reaches is not ready. The controller makes it, because the controller is what lists hosts, and
 the only process that knows them all, also those without experts to which no router sends anything.
 
-Ages are measured in the time that the controller has looked: one that was frozen itself has heard
-nobody, and must not call all hosts unready when it wakes.
+Ages count only the time in which the controller has probed: a controller that was frozen has
+received no answers, and must not report all hosts as unready when it resumes.
 """
 
 from __future__ import annotations

@@ -86,7 +86,12 @@ def end_worker(settle_s: float, drain_s: float) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="before-stop", description="let running answers finish")
     parser.add_argument("part", choices=["head", "worker"])
-    parser.add_argument("--settle-s", type=float, required=True, help="until nobody sends any more")
+    parser.add_argument(
+        "--settle-s",
+        type=float,
+        required=True,
+        help="seconds until load balancers have stopped sending",
+    )
     parser.add_argument("--drain-s", type=float, required=True, help="endpoint.drain_s of the spec")
     parser.add_argument("--metrics", help="the endpoint's metrics; without it all time is waited")
     asked = parser.parse_args(words)

@@ -67,7 +67,7 @@ class ModelHealth:
         return self._progress.is_ready(self._clock())
 
     def probed(self) -> None:
-        """Ask an idle trunk, behind the answer to a probe; the next probe says what was heard."""
+        """Check an idle trunk in the background; the next probe reports the result."""
         if self._hear is not None:
             self._progress.probed(self._clock())
             self._keep_looking()

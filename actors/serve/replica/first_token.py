@@ -4,7 +4,7 @@ It is the proof that requests will be answered: the weights are read, the router
 and a forward pass goes through the experts of all layers. Serve sends a replica no request while
 its constructor runs, so requests go to other replicas meanwhile.
 
-The moment is right behind the start of the engine, which has waited until the model's experts are
+The trunk makes it right after the engine's start, which waits until the model's experts are
 placed. So the token wakes no model that sleeps; it costs one step, and no user's request waits for
 more. It is no request of the endpoint and counts in none of its metrics. Routers count it as the
 load that it is: a model may sleep ``idle_s`` after its trunk has started, as after any call.

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from .operate import JsonOption, err, out
 from .terminal import bars, print_report, table
@@ -81,4 +80,4 @@ def _value(text: str | None) -> str:
 
 
 def _warn(text: str) -> None:
-    Console(stderr=True).print(text, markup=False, soft_wrap=True)
+    err.print(text, markup=False, soft_wrap=True)
