@@ -295,8 +295,8 @@ class Controller:
     async def begin_training(self, model: str, who: str) -> BegunTraining:
         return await self._training.begin(model, who)
 
-    async def training_news(self, run: int) -> TrainingNews:
-        return self._training.news(run)
+    async def training_news(self, run: int, skip: int | None = None) -> TrainingNews:
+        return self._training.news(run, skip)
 
     async def publish_training(self, run: int, version: int, timeout_s: float) -> PlacementId:
         return await self._training.publish(run, version, timeout_s)

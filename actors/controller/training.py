@@ -87,10 +87,16 @@ class Training:
             lease_s=RUN_LEASE_S,
         )
 
-    def news(self, run: int) -> TrainingNews:
-        """Renew a run's lease, and return what it has to know of the pool."""
+    def news(self, run: int, skip: int | None = None) -> TrainingNews:
+        """Renew a run's lease, and return what it has to know of the pool.
+
+        ``skip`` is a version that is never to be served.
+        """
         control = self._control
         alive = control.training.renew(run, self._clock())
+        if skip is not None:
+            control.training.skip(run, skip)
+            self._keep()
         view = control.view
         entries = view.entries()
         # The view has forgotten what hosts are just evicting, but their memory has not.

@@ -6,14 +6,14 @@ import math
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey
 from ...cluster.training.contributions import Attempt
-from ...cluster.training.orders import BulkKey, GroupUpdate, OpenRun
+from ...cluster.training.orders import BulkKey, Commit, Inherited, OpenRun, RunId
 from ...kernels.ffn import wide_dtype
 from ...kernels.training.owned_tensors import OwnedTensors
 from ...kernels.training.update_rules import UpdateRule
@@ -26,12 +26,6 @@ from .weight_store import ExpertStore
 _WAIT_S = 60.0
 # Upper bound for a safetensors header: per tensor (besides its name), and for the rest of it.
 _HEADER_BYTES = 256
-
-
-class _LastCommit(NamedTuple):
-    attempt: Attempt
-    version: int
-    before: Mapping[ExpertKey, int]  # the version of each key until then
 
 
 class RunTensors:
@@ -55,8 +49,8 @@ class RunTensors:
         self._lock = threading.Lock()
         self._groups: dict[ExpertKey, dict[str, int]] = {}
         self._versions: dict[ExpertKey, int] = {}  # of the weights that masters are now
-        self._last: _LastCommit | None = None
-        self._last_served: Mapping[ExpertKey, int] = {}  # before `take_version`
+        self._step = 0  # steps that have led to the newest of these
+        self._last: Commit | None = None
         self._attempt: Attempt | None = None
         self._own: dict[ExpertKey, Mapping[str, Tensor]] = {}
         self._summed: set[ExpertKey] = set()
@@ -82,9 +76,11 @@ class RunTensors:
         key: ExpertKey,
         weights: Mapping[str, Tensor],
         groups: Mapping[str, int],
-        version: int,
+        at: tuple[int, int],
     ) -> None:
         """Become the owner of the tensors that ``groups`` names; the caller gives ``weights`` up.
+
+        ``at`` is their version, and the number of steps that have led to it.
 
         Raises BadInput for those that cannot be trained, or are not the model's.
         """
@@ -95,19 +91,20 @@ class RunTensors:
         self._check_forms(key, {name: (t.shape, t.dtype) for name, t in trained.items()})
         with self._holding():
             self.owned.own(key, trained, groups)
-            self._owns(key, groups, version)
+            self._owns(key, groups, *at)
 
     def restore(
         self,
         key: ExpertKey,
         state: Mapping[str, Tensor],
         groups: Mapping[str, int],
-        version: int,
+        at: tuple[int, int],
     ) -> None:
         """Become the owner of the tensors that ``groups`` names; the caller gives ``state`` up.
 
-        A state does not say which type the model has. An expert's is known; a block of the trunk
-        is answered in the wide type, and rounded where it is copied. Raises BadInput.
+        ``at`` is as in `own`. A state does not say which type the model has. An expert's is known;
+        a block of the trunk is answered in the wide type, and rounded where it is copied. Raises
+        BadInput.
         """
         self.check_key(key)
         kept = {entry: t for entry, t in state.items() if entry.rpartition(".")[0] in groups}
@@ -124,7 +121,7 @@ class RunTensors:
             self._check_forms(key, {name: (t.shape, dtype) for name, t in masters.items()})
         with self._holding():
             self.owned.restore(key, kept, dtypes, groups)
-            self._owns(key, groups, version)
+            self._owns(key, groups, *at)
 
     def disown(self, key: ExpertKey) -> None:
         """Forget a key, if it is owned."""
@@ -186,36 +183,41 @@ class RunTensors:
                 del self._put[place]
         return squares
 
-    def commit(
-        self, attempt: Attempt, version: int, groups: Mapping[int, GroupUpdate]
-    ) -> Mapping[ExpertKey, int]:
-        """Apply what is prepared; return the version that each owned key had before.
+    def commit(self, order: Commit) -> None:
+        """Apply what is prepared. The last commit may be repeated.
 
-        The last commit may be repeated. Raises the errors of `OwnedTensors.commit`.
+        Raises the errors of `OwnedTensors.commit`.
         """
-        last = self._last
+        attempt, last = order.attempt, self._last
         if last is not None and last.attempt == attempt:
-            if last.version != version:
-                raise BadInput(f"{attempt} was committed as version {last.version}, not {version}")
-            self.owned.commit(attempt, groups)  # it does nothing, or finds another decision
-            return last.before
+            if last.version != order.version:
+                raise BadInput(
+                    f"{attempt} was committed as version {last.version}, not {order.version}"
+                )
+            self.owned.commit(attempt, order.groups)  # it does nothing, or finds another decision
+            return
         self.check_attempt(attempt)
         with self._holding():
             if not self.owned.missing(attempt):
                 # Every owner has its sums by now, so these are freed, one by one.
                 self._forget_gradients()
-            self.owned.commit(attempt, groups)
-            self._last = _LastCommit(attempt, version, self._versions)
-            self._versions = dict.fromkeys(self._versions, version)
-            return self._last.before
+            self.owned.commit(attempt, order.groups)
+            self._last, self._step = order, order.step
+            self._versions = dict.fromkeys(self._versions, order.version)
 
-    def take_version(self, version: int) -> Mapping[ExpertKey, int]:
-        """Call the masters' values ``version``; return what each owned key was before."""
+    def succeed(self, run: RunId) -> Inherited:
+        """Belong to a later run from now on; return what there is."""
         with self._holding():
-            if set(self._versions.values()) != {version}:
-                self._last_served = self._versions
-                self._versions = dict.fromkeys(self._versions, version)
-            return self._last_served
+            self.opened = replace(self.opened, run=run)
+            self._given.clear()  # the other run had something in mind with it
+            attempt = self._attempt
+            whole = attempt is not None and not self.owned.missing(attempt)
+            return Inherited(
+                versions=dict(self._versions),
+                step=self._step,
+                committed=self._last,
+                prepared=attempt if whole and self._versions else None,
+            )
 
     # ---- other processes ------------------------------------------------------------------------
 
@@ -330,8 +332,9 @@ class RunTensors:
                 )
         kept[place] = dict(tensors)
 
-    def _owns(self, key: ExpertKey, groups: Mapping[str, int], version: int) -> None:
+    def _owns(self, key: ExpertKey, groups: Mapping[str, int], version: int, step: int) -> None:
         self._groups[key], self._versions[key] = dict(groups), version
+        self._step = step
         for kind in ("state", "weights"):
             self._given.pop((key, kind), None)
 

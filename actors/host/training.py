@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey, ExpertVersion, LayerKey
+from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey, ExpertVersion, LayerKey, is_shared
 from ...cluster.host.residency import LayerShape, Residency
 from ...cluster.placement import HostEntry
 from ...cluster.training.contributions import Attempt
@@ -26,8 +26,10 @@ from ...cluster.training.orders import (
     CloseRun,
     Commit,
     Disown,
+    Finish,
     Gather,
     Gathered,
+    Inherited,
     NewlyOwned,
     Opened,
     OpenRun,
@@ -38,6 +40,7 @@ from ...cluster.training.orders import (
     Renew,
     RunId,
     Serve,
+    Succeed,
 )
 from ...cluster.versions import WeightVersions
 from ...proto.errors import BadInput, Busy, MoesaicError, NotHere, Superseded
@@ -120,6 +123,8 @@ class HostTraining:
                     return self._open(order)
                 case CloseRun():
                     return self._close(order.run)
+                case Succeed():
+                    return self._succeed(order)
                 case Own():
                     return self._own(order)
                 case Disown():
@@ -131,10 +136,11 @@ class HostTraining:
                 case Reduce():
                     return self._reduce(order)
                 case Commit():
-                    return self._commit(order)
+                    return self._commit(self._run_of(order.attempt.run), order)
+                case Finish():
+                    return self._commit(self._run_of(order.run), order.commit)
                 case Serve():
-                    run = self._run_of(order.run)
-                    self._serve_owned(run, run.take_version(order.version), order.version)
+                    return self._serve_owned(self._run_of(order.run), order.version)
                 case Renew():
                     return self._renew(order)
         finally:
@@ -164,6 +170,14 @@ class HostTraining:
         if number != self._newest:
             self._run_of(number)  # raises
         self._forget()
+
+    def _succeed(self, order: Succeed) -> Inherited:
+        self._check_newest(order.run)
+        run = self._run
+        if run is None or not order.since <= run.opened.run <= order.run:
+            raise NotHere(f"no run from {order.since} to {order.run} is open on {self._host}")
+        self._newest = order.run
+        return run.succeed(order.run)
 
     def _forget(self) -> None:
         self._on_loop(HostGradients.forget)
@@ -197,25 +211,24 @@ class HostTraining:
         for key, new in order.keys.items():
             run.check_key(key)
             if not run.owns(key, new.groups):
-                self._become_owner(run, key, new, order.versions)
+                self._become_owner(run, key, new, order)
 
-    def _become_owner(
-        self, run: RunTensors, key: ExpertKey, new: NewlyOwned, versions: WeightVersions
-    ) -> None:
-        version = versions.of(key)
+    def _become_owner(self, run: RunTensors, key: ExpertKey, new: NewlyOwned, order: Own) -> None:
+        versions = order.versions
+        at = versions.of(key), order.step
         if (state := run.given(key, "state")) is not None:
-            run.restore(key, state, new.groups, version)
+            run.restore(key, state, new.groups, at)
         elif (weights := run.given(key, "weights")) is not None:
-            run.own(key, weights, new.groups, version)
+            run.own(key, weights, new.groups, at)
         elif new.source is not None:
             wanted = BulkKey("state", key, run=run.opened.run)
             with self._links.get(new.source, wanted, timeout_s=FETCH_S) as found:
                 state = {name: tensor.clone() for name, tensor in found.items()}
-            run.restore(key, state, new.groups, version)
+            run.restore(key, state, new.groups, at)
         elif key.layer != TRUNK:
             held = self._with_shared(key, versions) if key.expert == SHARED else key
             # What is read from a slab is a copy.
-            run.own(key, self._store.get(versions.served(held)), new.groups, version)
+            run.own(key, self._store.get(versions.served(held)), new.groups, at)
         else:
             raise NotHere(f"{key}: neither its state nor its weights were put into {self._host}")
 
@@ -279,17 +292,18 @@ class HostTraining:
                 _add(sums, key, masters, found, copy=True)
         return sums
 
-    def _commit(self, order: Commit) -> None:
-        run = self._run_of(order.attempt.run)
-        before = run.commit(order.attempt, order.version, order.groups)
-        self._serve_owned(run, before, order.version)
+    def _commit(self, run: RunTensors, order: Commit) -> None:
+        run.commit(order)
+        self._serve_owned(run, order.version)
 
-    def _serve_owned(self, run: RunTensors, before: Mapping[ExpertKey, int], version: int) -> None:
-        """Serve owned experts as ``version``, which are served as that ``before``."""
+    def _serve_owned(self, run: RunTensors, version: int) -> None:
+        """Serve the owned experts that are served here as ``version``, too."""
         due = [
-            ExpertVersion(key, held)
-            for key, held in before.items()
-            if key in run.owned and self._residency.serves(ExpertVersion(key, held))
+            ExpertVersion(key, max(held))
+            for key in run.owned
+            if not is_shared(key)
+            and (held := self._residency.versions(key))
+            and version not in held
         ]
         for some in _parts(due):
             self._serve(

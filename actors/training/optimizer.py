@@ -266,7 +266,8 @@ class RunOptimizer(torch.optim.Optimizer):
         checkpoint = pool.get("checkpoint")
         # accelerate loads what it has just read. If the trunk was changed and there is no
         # checkpoint of now, the next forward pass says so.
-        if where != self._where() or (checkpoint is not None and self._watch.changed()):
+        changed = checkpoint is not None and self._watch.changed()
+        if where != self._where() or changed or self.run.is_broken:
             self._restore(where, checkpoint)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "pool"})
 

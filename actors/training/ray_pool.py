@@ -36,9 +36,9 @@ class RayTrainingPool:
         self._model = model
         self._router = router
 
-    def now(self) -> PoolNow:
+    def now(self, skip: int | None = None) -> PoolNow:
         news = ray_get(
-            controller_of(self._namespace).training_news.remote(self._run),
+            controller_of(self._namespace).training_news.remote(self._run, skip),
             ASK_S,
             "looking at the pool's hosts",
         )

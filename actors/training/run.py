@@ -9,14 +9,12 @@ from __future__ import annotations
 import atexit
 import logging
 import math
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,60 +22,26 @@ from transformers import PreTrainedModel
 
 from ...cluster.expert_keys import TRUNK, ExpertKey
 from ...cluster.training.host_memory import HostMemory
-from ...cluster.training.orders import BulkKey, GroupUpdate, Order
-from ...cluster.training.run_plan import PoolNow
-from ...cluster.training.steps import Answers, Exchange, Squares, TrainingSteps
+from ...cluster.training.orders import BulkKey, GroupUpdate, RunId
+from ...cluster.training.steps import Squares, TrainingSteps
 from ...models.export.plan import plan_export
 from ...models.export.training_checkpoint import read_checkpoint
 from ...proto.errors import (
     CallError,
     ClusterError,
     MoesaicError,
-    StepLost,
-    Superseded,
     describe_error,
 )
 from ..transport.bulk.links import BulkLinks
+from .driver import PUBLISH_S, RunDriver, TrainingPool, finish
 from .giving import GivenGradients
 from .learning import Learning
 from .saving import LoadedRun, SavedRun, shard_bytes
 
 log = logging.getLogger(__name__)
 
-# How long a host may take to carry out an order, and a tensor to travel.
-ORDER_S = 120.0
+# How long a tensor may take to travel.
 BULK_S = 120.0
-# How long the pool may take to serve a committed version.
-PUBLISH_S = 60.0
-# How often the run tells the controller that it goes on, and looks at the pool's hosts.
-LOOK_S = 1.0
-_END_S = 10.0
-_PAUSE_S = 0.01
-
-T = TypeVar("T")
-
-
-class TrainingPool(Protocol):
-    """The pool as a run reaches it: its controller and its hosts. Any thread may call it."""
-
-    def now(self) -> PoolNow:
-        """Return the hosts, and renew the run's lease. Raises ClusterError if the run is over."""
-        ...
-
-    def order(self, orders: Mapping[str, Order], timeout_s: float) -> Answers:
-        """Send orders to hosts, all at once; one that does not answer in time gets NoAnswer."""
-        ...
-
-    def publish(self, version: int, timeout_s: float) -> None:
-        """Let the pool serve a version that all hosts have; the trunk's router follows it.
-
-        Raises ClusterError.
-        """
-        ...
-
-    def end(self) -> None:
-        """Tell the controller that the run has ended."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +62,14 @@ class PoolRun:
         links: BulkLinks,
         trunk: LearningTrunk,
         steps: TrainingSteps,
+        *,
+        since: RunId | None = None,
     ) -> None:
         """Begin the run, with the weights that are served and those of the trunk.
 
-        ``close`` ends it, and closes ``links``. Raises ClusterError.
+        With ``since`` it goes on with what this run began, in the place of a process that is gone:
+        the trunk gets the weights of the last commit. ``close`` ends it, and closes ``links``.
+        Raises ClusterError.
         """
         self._pool = pool
         self._links = links
@@ -120,26 +88,31 @@ class PoolRun:
             read=self._reading,
         )
         self._saving: Future[None] | None = None
-        # Held during each exchange with hosts: the keeper of the lease has some of its own.
-        self._lock = threading.Lock()
         self._served = steps.versions
         self._without: frozenset[int] | None = None  # layers; None: nothing is summed up yet
         self._squares: Squares = {}
-        self._over: MoesaicError | None = None
-        self._stop = threading.Event()
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="bulk")
         self._given = GivenGradients(plan, trunk.name, links, self._threads)
         trunk.learning.use(self._given.memory)
-        self._keeper = threading.Thread(target=self._keep, name="training-run", daemon=True)
+        self._driver = RunDriver(pool, steps)
         try:
-            self._exchange(self._steps.open())
-            self._each(self._blocks, self._put_weights)
-            self._exchange(self._steps.own())
-            self._begun()
-            self._keeper.start()
+            if since is None:
+                self._driver.exchange(self._steps.open())
+                self._each(self._blocks, self._put_weights)
+                self._driver.exchange(self._steps.own())
+                self._begun()
+            else:
+                self._driver.exchange(self._steps.succeed(since))
+                self._go_on()
+            self._driver.start()
             # Before Ray ends with the process: a thread that asks Ray then would crash it.
             atexit.register(self.close)
-        except BaseException:
+        except BaseException as error:
+            if since is not None:
+                # Hosts keep what they have for whoever tries next.
+                self._driver.over = ClusterError(
+                    f"run {plan.run} has not begun: {describe_error(error)}"
+                )
             self.close()
             raise
 
@@ -152,7 +125,12 @@ class PoolRun:
     @property
     def is_over(self) -> bool:
         """Whether the run was closed, or a newer one has taken its place."""
-        return self._over is not None
+        return self._driver.over is not None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it goes on from a checkpoint alone."""
+        return bool(self._steps.broken)
 
     @property
     def step(self) -> int:
@@ -166,7 +144,7 @@ class PoolRun:
 
     def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
         """Return what each host takes for the run; ``lent``: this process computes all calls."""
-        with self._lock:
+        with self._driver.lock:
             return self._steps.planned_memory(lent=lent)
 
     def squares(self) -> dict[tuple[int, str], float]:
@@ -174,8 +152,8 @@ class PoolRun:
 
         From now on no forward pass is learned from until `commit` or `drop`. Raises StepLost.
         """
-        with self._lock:
-            self._check()
+        with self._driver.lock:
+            self._driver.check()
             self._reduce_experts()
             found: dict[tuple[int, str], list[float]] = {}
             for key, named in self._squares.items():
@@ -208,8 +186,8 @@ class PoolRun:
         experts of layers ``skipped``. Raises StepLost, with all as it was, and ClusterError if the
         step was applied and the pool does not serve it yet.
         """
-        with self._lock:
-            self._check()
+        with self._driver.lock:
+            self._driver.check()
             self._reduce_experts()
             assert self._without is not None
             if late := skipped - self._without:
@@ -217,18 +195,18 @@ class PoolRun:
                     f"layers {sorted(late)}: their gradients are in the norm already, and cannot "
                     "be left out of the step; set them to None before the norm is taken"
                 )
-            with self._attempt():
-                room = self._threads.submit(self._await_room)
+            with self._driver.attempt():
+                room = self._threads.submit(self._driver.await_room)
                 given = {
                     key: {name: trunk[name] for name in names if name in trunk}
                     for key, names in self._blocks.items()
                 }
                 given = {key: gradients for key, gradients in given.items() if gradients}
-                self._finish(self._give(given))
-                self._exchange(self._steps.reduce_trunk(list(given), self._trunk.name))
+                finish(self._give(given))
+                self._driver.exchange(self._steps.reduce_trunk(list(given), self._trunk.name))
                 self._await_saving()
                 room.result()
-                self._exchange(self._steps.commit(groups))
+                self._driver.exchange(self._steps.commit(groups))
             self._settle()
 
     def drop(self) -> None:
@@ -236,13 +214,13 @@ class PoolRun:
 
         Raises ClusterError if the run cannot go on.
         """
-        with self._lock:
-            self._check()
+        with self._driver.lock:
+            self._driver.check()
             self._trunk.learning.end("its gradients were dropped")
-            if self._served != self._steps.versions:
+            if self._served != self._steps.versions and not self._steps.broken:
                 self._settle()
                 return
-            self._exchange(self._steps.again(self._pool.now()))
+            self._driver.exchange(self._steps.again(self._pool.now()))
             self._begun()
 
     # ---- checkpoints ----------------------------------------------------------------------------
@@ -256,8 +234,8 @@ class PoolRun:
         next step, whose commit waits for it; the result tells whether it was. Raises
         CheckpointError and UnsupportedModel.
         """
-        with self._lock:
-            self._check()
+        with self._driver.lock:
+            self._driver.check()
             self._await_saving()
             sizes = (
                 {} if max_shard_size is None else {"max_shard_bytes": shard_bytes(max_shard_size)}
@@ -278,18 +256,22 @@ class PoolRun:
         What was added up is forgotten. Raises CheckpointError, with the pool as it was, and
         ClusterError.
         """
-        with self._lock:
-            self._check()
+        with self._driver.lock:
+            self._driver.check()
             checkpoint = read_checkpoint(folder)
             loaded = LoadedRun(checkpoint, self._files)
             loaded.check_frozen()
             self._await_saving()
             self._trunk.learning.end("a checkpoint is taken over")
-            self._exchange(self._steps.forget(self._pool.now()))
+            if self._steps.versions != self._served:
+                # A checkpoint was taken over in part; hosts have room when it is gone.
+                self._pool.now(skip=self._steps.versions.models[self._plan.model])
+                self._driver.await_room()
+            self._driver.exchange(self._steps.forget(self._pool.now()))
             for key in self._plan.tensors:
                 given = BulkKey("state", key, run=self.run)
                 self._put(given, loaded.state(key))
-            self._exchange(self._steps.take_over(checkpoint.step))
+            self._driver.exchange(self._steps.take_over(checkpoint.step))
             loaded.copy_frozen()
             self._settle()
 
@@ -302,19 +284,11 @@ class PoolRun:
     def close(self) -> None:
         """End the run; hosts forget what they own for it, and keep the weights."""
         atexit.unregister(self.close)
-        self._stop.set()
-        if self._keeper.is_alive():
-            self._keeper.join(_END_S)
+        self._driver.stop()
         self._trunk.learning.end("the training run was closed")
         self._await_saving()
         self._threads.shutdown(cancel_futures=True)
-        if self._over is None:
-            try:
-                self._exchange(self._steps.close(), _END_S)
-                self._pool.end()
-            except MoesaicError as error:
-                log.warning("run %d could not be ended: %s", self.run, error)
-            self._over = ClusterError("the training run was closed")
+        self._driver.end()
         self._links.close()
         self._trunk.learning.use(None)
         self._given.close()
@@ -328,7 +302,7 @@ class PoolRun:
         every = {key.layer for key in self._plan.tensors if key.layer != TRUNK}
         without = frozenset(every - learning.layers)
         learning.end("the step's gradients are summed up; call step() or zero_grad() first")
-        with self._attempt():
+        with self._driver.attempt():
             tensors = self._plan.tensors
             own = {
                 key: gradients
@@ -338,7 +312,7 @@ class PoolRun:
             put = {self._trunk.name: frozenset(own)}
             giving = self._give(own)
             reduction = self._steps.reduce_experts(without, put=put)
-            self._squares = self._exchange(reduction, beside=giving)
+            self._squares = self._driver.exchange(reduction, beside=giving)
         self._without = without
 
     def _settle(self) -> None:
@@ -346,10 +320,18 @@ class PoolRun:
         steps = self._steps
         self._pool.publish(steps.versions.models[self._plan.model], PUBLISH_S)
         getting = self._start(self._blocks, self._get_weights)
-        self._exchange(steps.begin(), beside=getting)
-        self._finish(getting)
+        self._driver.exchange(steps.begin(), beside=getting)
+        finish(getting)
         self._served = steps.versions
         self._begun()
+
+    def _go_on(self) -> None:
+        """Begin with what another process has committed."""
+        if self._served != self._steps.versions:
+            self._settle()  # it has not published it
+        else:
+            self._each(self._blocks, self._get_weights)
+            self._begun()
 
     def _begun(self) -> None:
         self._without, self._squares = None, {}
@@ -360,13 +342,6 @@ class PoolRun:
             self._trunk.learning.end(f"{lost}; call zero_grad() to try again")
         else:
             self._trunk.learning.begin(self._steps.attempt)
-
-    def _await_room(self) -> None:
-        """Wait until hosts have no version before the served one: they hold two at a time."""
-        until = time.monotonic() + PUBLISH_S
-        while self._pool.now().old_versions and time.monotonic() < until:
-            if self._stop.wait(_PAUSE_S):
-                return
 
     def _put_weights(self, key: ExpertKey) -> None:
         given = BulkKey("weights", key, run=self.run)
@@ -405,92 +380,9 @@ class PoolRun:
 
     def _each(self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]) -> None:
         """Do something with keys side by side; raise the first error."""
-        self._finish(self._start(keys, act))
+        finish(self._start(keys, act))
 
     def _start(
         self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]
     ) -> list[Future[None]]:
         return [self._threads.submit(act, key) for key in keys]
-
-    def _finish(self, begun: Sequence[Future[None]]) -> None:
-        with _cancelling(begun):
-            for one in begun:
-                one.result()
-
-    # ---- exchanges ------------------------------------------------------------------------------
-
-    def _exchange(
-        self,
-        exchange: Exchange[T],
-        timeout_s: float = ORDER_S,
-        beside: Sequence[Future[None]] = (),
-    ) -> T:
-        """Carry out an exchange with hosts. Raises Superseded if a newer run has begun.
-
-        ``beside`` goes on beside the first orders, and is awaited before the next.
-        """
-        answers: Answers | None = None
-        with _cancelling(beside):
-            while True:
-                try:
-                    orders = next(exchange) if answers is None else exchange.send(answers)
-                except StopIteration as end:
-                    return end.value
-                answers = self._pool.order(orders, timeout_s) if orders else {}
-                for answer in answers.values():
-                    if isinstance(answer, Superseded):
-                        self._over = answer
-                        raise answer
-                self._finish(beside)
-
-    @contextmanager
-    def _attempt(self) -> Iterator[None]:
-        """Let any error end the attempt, because gradients may be gone with it."""
-        try:
-            yield
-        except StepLost:
-            raise
-        except BaseException as error:
-            lost = self._steps.lose(describe_error(error))
-            if isinstance(error, MoesaicError) and not self._steps.broken:
-                raise lost from error
-            raise
-
-    def _check(self) -> None:
-        if self._over is not None:
-            raise self._over
-        if self._keeper.ident is not None and not self._keeper.is_alive():
-            raise ClusterError("the thread that keeps the run's lease has ended; see the log")
-
-    def _keep(self) -> None:
-        """Renew the lease, and let owners follow hosts while no step does so."""
-        while not self._stop.wait(LOOK_S):
-            try:
-                self._keep_once()
-            except Superseded as error:
-                self._over = error
-                return
-            except MoesaicError as error:
-                log.warning("run %d: %s", self.run, describe_error(error))
-
-    def _keep_once(self) -> None:
-        now = self._pool.now()
-        if not self._lock.acquire(blocking=False):
-            return
-        try:
-            if not (self._steps.is_reducing or self._steps.broken or self._stop.is_set()):
-                for host, error in self._exchange(self._steps.follow(now)).items():
-                    log.warning("run %d: %s: %s", self.run, host, error)
-        finally:
-            self._lock.release()
-
-
-@contextmanager
-def _cancelling(begun: Iterable[Future[None]]) -> Iterator[None]:
-    """After an error, cancel what has not begun yet: the next attempt would wait for it."""
-    try:
-        yield
-    except BaseException:
-        for one in begun:
-            one.cancel()
-        raise

@@ -43,6 +43,11 @@ class TrainingRun(Protocol):
         ...
 
     @property
+    def is_broken(self) -> bool:
+        """Whether state is lost, so that it goes on from a checkpoint alone (`restore`)."""
+        ...
+
+    @property
     def step(self) -> int:
         """How many steps were committed."""
         ...

@@ -12,10 +12,11 @@ older run than the host knows, and NotHere for one that it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
+from ...proto.errors import MoesaicError
 from ..expert_keys import ExpertKey
 from ..placement import HostEntry
 from ..versions import WeightVersions
@@ -82,6 +83,7 @@ class Own:
 
     run: RunId
     versions: WeightVersions  # of the weights after the last commit
+    step: int  # steps that were committed until then
     keys: Mapping[ExpertKey, NewlyOwned]
 
 
@@ -154,6 +156,7 @@ class Commit:
 
     attempt: Attempt
     version: int
+    step: int  # steps that are committed with this one
     groups: Mapping[int, GroupUpdate]
 
 
@@ -161,7 +164,7 @@ class Commit:
 class Serve:
     """Serve the owned experts that this host holds as ``version``, too, with their masters' values.
 
-    It is for owners that have taken over a checkpoint's state. The answer is None.
+    It is for owners that have taken over a checkpoint's state as this version. The answer is None.
     """
 
     run: RunId
@@ -181,11 +184,61 @@ class Renew:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Succeed:
+    """Obey a run in the place of an older one, whose process is gone: ``since`` or a later one.
+
+    What the host keeps for that run is this one's. The answer is `Inherited`. Raises NotHere if the
+    host has none of these runs.
+    """
+
+    run: RunId
+    since: RunId
+
+
+class Inherited(NamedTuple):
+    """What a host has kept of the run that came before."""
+
+    versions: Mapping[ExpertKey, int]  # of the weights that the masters of what it owns are
+    step: int  # steps that have led to the newest of them
+    committed: Commit | None  # that was carried out last
+    prepared: Attempt | None  # the attempt for which all that it owns is prepared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """Carry out a commit that an older run has decided, and that other hosts have carried out.
+
+    The answer is None. Raises NotHere as `Commit` does.
+    """
+
+    run: RunId
+    commit: Commit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CloseRun:
     """Forget a run with all that the host owns and has added up for it. The answer is None."""
 
     run: RunId
 
 
-Order = OpenRun | Own | Disown | Begin | Gather | Reduce | Commit | Serve | Renew | CloseRun
-Answer = Opened | Gathered | Prepared | None
+Order = (
+    OpenRun
+    | Own
+    | Disown
+    | Begin
+    | Gather
+    | Reduce
+    | Commit
+    | Serve
+    | Renew
+    | Succeed
+    | Finish
+    | CloseRun
+)
+Answer = Opened | Gathered | Prepared | Inherited | None
+
+T = TypeVar("T")
+Answers = Mapping[str, Answer | MoesaicError]
+# It yields orders by host, gets their answers, and returns something when it is over.
+Exchange = Generator[Mapping[str, Order], Answers, T]

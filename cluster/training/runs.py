@@ -211,6 +211,16 @@ class TrainingRuns:
         self._publication = Publication(model=found.model, version=version, until=until)
         return self._publication
 
+    def skip(self, run: RunId, version: int) -> None:
+        """Never serve a run's next version, of which some hosts have a part; another one follows.
+
+        It may be said again. Raises as `known`.
+        """
+        found = self.known(run)
+        if version == found.next_version:
+            self._publication = None
+            found.next_version = self._updates.reserve(found.model)
+
     def advance(self, layers: Mapping[LayerKey, LayerPlacement], now: float) -> Publication | None:
         """End the run if its lease is over, and serve the version that is to be served.
 

@@ -29,13 +29,16 @@ from moesaic.cluster.training.orders import (
     CloseRun,
     Commit,
     Disown,
+    Exchange,
+    Finish,
     GroupUpdate,
     OpenRun,
     Order,
     Own,
+    Succeed,
 )
 from moesaic.cluster.training.run_plan import PoolNow, RunPlan, Trained
-from moesaic.cluster.training.steps import Exchange, TrainingSteps
+from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.versions import WeightVersions
 from moesaic.proto.errors import (
     ClusterError,
@@ -43,12 +46,15 @@ from moesaic.proto.errors import (
     MoesaicError,
     NoAnswer,
     StepLost,
+    Superseded,
 )
 from tests.helpers.cluster.steps_invariants import check_broken, check_owners, check_settled
+from tests.helpers.cluster.successions import Zombie, let_zombies_act, succeed
 from tests.helpers.cluster.training_host import Owned, first_weights
 from tests.helpers.cluster.training_hosts import (
     Faults,
     Interrupted,
+    Killed,
     TrainingHosts,
     Violation,
     answer_of,
@@ -57,6 +63,7 @@ from tests.helpers.cluster.training_hosts import (
 MODEL, RUN, WORKER = "m", 7, "trunk"
 LAYERS, EXPERTS, BLOCKS, MICROBATCHES = 2, 4, 2, 2
 MOVES = CloseRun | OpenRun | Own | Disown  # they let owners follow hosts
+TWICE = Commit | Succeed | Finish  # a host that answers neither time counts as lost
 # What becomes of an order to a host; None: what happens is left to chance.
 Gate = Callable[[str, Order], Literal["order lost", "answer lost"] | None]
 ACTIONS = "join", "drain", "stay", "lose", "restart", "freeze", "overlook", "thaw"
@@ -78,11 +85,14 @@ class TrainingWorld:
         self.places = self.hosts.places
         # Of the exchange under way: hosts that may have failed, and that have not answered once.
         self._doubtful: set[str] = set()
-        self._asked_to_commit: set[str] = set()
+        self._asked_once: set[str] = set()
         self._following = False  # the exchange under way is `follow`
+        self.succeeding = False  # likewise, `succeed`
+        self.zombies: list[Zombie] = []
+        self.first_run = RUN
         self.leaving: set[str] = set()
         self.lost: list[str] = []  # why attempts were lost
-        self._latest = FIRST_VERSION  # that is published
+        self.latest = FIRST_VERSION  # that is published
         self.keys = [
             ExpertKey(MODEL, layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)
         ]
@@ -136,15 +146,15 @@ class TrainingWorld:
     def holders(self, key: ExpertKey) -> list[str]:
         """Return the hosts that the trunk's router sends an expert's rows to."""
         found = [name for name, place in self.places.items() if key in place.host.experts]
-        return [name for name in found if (key, self._latest) in self.places[name].host.weights]
+        return [name for name in found if (key, self.latest) in self.places[name].host.weights]
 
     def serve(self, name: str, key: ExpertKey) -> None:
         """The controller lets a host load the version of an expert that is published."""
         host = self.places[name].host
         host.experts.add(key)
-        host.weights[key, self._latest] = self.reference[self._latest - FIRST_VERSION][key].master
+        host.weights[key, self.latest] = self.reference[self.latest - FIRST_VERSION][key].master
 
-    def _spread(self) -> None:
+    def spread(self) -> None:
         """The controller lets experts that no host serves be served again."""
         for key in self.keys:
             if not self.holders(key):
@@ -154,6 +164,8 @@ class TrainingWorld:
         faults, place = self.faults, self.places.get(name)
         if faults is None or place is None or len(self.places) < 3:
             return False
+        if self.succeeding and (faults.one_at_a_time or faults.idle_only):
+            return False  # nobody knows yet who owns what
         if faults.idle_only and place.host.owned:
             return False
         if not faults.one_at_a_time:
@@ -215,19 +227,31 @@ class TrainingWorld:
             try:
                 orders = next(exchange) if answers is None else exchange.send(answers)
             except StopIteration as end:
-                self._doubtful.clear()
-                self._asked_to_commit.clear()
+                self._forget_exchange()
                 return end.value
             except (AssertionError, KeyError) as error:
                 raise Violation("errors are meant", repr(error)) from error
             names = sorted(orders)
             self.random.shuffle(names)
-            answers = {name: self._ask(name, orders[name]) for name in names}
+            answers = {}
+            for name in names:
+                if self.faults and self.faults.killed and self.random.random() < self.faults.killed:
+                    self.happened["killed"] += 1
+                    self.zombies.append(Zombie(exchange, orders, answers))
+                    self._forget_exchange()
+                    raise Killed
+                answers[name] = self._ask(name, orders[name])
+                let_zombies_act(self)
+                if isinstance(answers[name], Superseded):
+                    raise Violation("the newest run is obeyed", f"{orders[name]}: {answers[name]}")
             if self.faults and self.random.random() < self.faults.interrupted:
                 self.happened["interrupted"] += 1
-                self._doubtful.clear()
-                self._asked_to_commit.clear()
+                self._forget_exchange()
                 raise Interrupted
+
+    def _forget_exchange(self) -> None:
+        self._doubtful.clear()
+        self._asked_once.clear()
 
     def _ask(self, name: str, order: Order) -> Answer | MoesaicError:
         faults, chance = self.faults, self.random.random
@@ -249,13 +273,13 @@ class TrainingWorld:
             faults.unanswered_moves if moves else faults.unanswered
         ):
             # A host that answers a commit neither time counts as lost.
-            first = isinstance(order, Commit) and name not in self._asked_to_commit
-            if first or not isinstance(order, Commit) or self._may_lose(name):
+            first = isinstance(order, TWICE) and name not in self._asked_once
+            if first or not isinstance(order, TWICE) or self._may_lose(name):
                 self.happened["unanswered"] += 1
-                if isinstance(order, Commit) and not first:
+                if isinstance(order, TWICE) and not first:
                     self.excused.add(name)
                     self._doubtful.add(name)
-                self._asked_to_commit |= {name} if first else set()
+                self._asked_once |= {name} if first else set()
                 if chance() < 0.5:
                     answer_of(host, order)
                 return NoAnswer(f"{name} has not answered in time")
@@ -300,6 +324,9 @@ class TrainingWorld:
             step = self.steps.step
             try:
                 self.attempt()
+            except Killed:
+                succeed(self)
+                continue
             except (StepLost, Interrupted) as error:
                 self.lost.append(str(error))
                 if self.steps.step != step:
@@ -311,8 +338,11 @@ class TrainingWorld:
                 raise
             if self.steps.step == step:
                 self.hosts.wait()
-                self._spread()
-                self.drop()
+                self.spread()
+                try:
+                    self.drop()
+                except Killed:
+                    succeed(self)
 
     def drop(self) -> None:
         """What zero_grad does."""
@@ -362,7 +392,7 @@ class TrainingWorld:
         except Interrupted:
             if steps.step == before:
                 return  # the run is broken
-        self._settle()
+        self.settle()
 
     def _used(self, of_step: random.Random, layer: int) -> list[ExpertKey]:
         return of_step.sample([key for key in self.keys if key.layer == layer], 2)
@@ -404,7 +434,7 @@ class TrainingWorld:
             self.follow()
 
     def follow(self) -> None:
-        self._spread()
+        self.spread()
         self._following = True
         try:
             self.exchange(self.steps.follow(self.now()))
@@ -418,19 +448,19 @@ class TrainingWorld:
         if self.faults is None:
             self.check()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Publish what was committed, and begin the next attempt, as a run's shell does."""
         steps, masters = self.steps, self.reference[self.steps.step]
         self.check()
-        self._latest = steps.versions.of(self.keys[0])
+        self.latest = steps.versions.of(self.keys[0])
         for name, place in self.places.items():
             renewed = self.faults is None and name not in self.excused
             for key in place.host.experts:  # the controller lets hosts load what they lack
-                if renewed and (key, self._latest) not in place.host.weights:
+                if renewed and (key, self.latest) not in place.host.weights:
                     raise Violation("replicas are renewed", f"{key} at {name}")
-                place.host.weights.setdefault((key, self._latest), masters[key].master)
-            place.host.keep_versions({self._latest - 1, self._latest})
-        self._spread()
+                place.host.weights.setdefault((key, self.latest), masters[key].master)
+            place.host.keep_versions({self.latest - 1, self.latest})
+        self.spread()
         if self.faults is not None and self.random.random() < 0.2:
             self.change_pool()
             self.follow()
@@ -462,7 +492,7 @@ class TrainingWorld:
         self.faults = None
         for name in list(self.places):
             self.hosts.thaw(name)
-        self._spread()
+        self.spread()
         self.drop()
         target = self.steps.step + 2
         self.train(target, attempts=3)

@@ -18,14 +18,17 @@ from moesaic.cluster.training.orders import (
     CloseRun,
     Commit,
     Disown,
+    Finish,
     Gather,
     Gathered,
+    Inherited,
     OpenRun,
     Order,
     Own,
     Prepared,
     Reduce,
     Renew,
+    Succeed,
 )
 from moesaic.proto.errors import NotHere, Superseded
 
@@ -100,7 +103,7 @@ class TrainingHost:
         return self.owned[key]
 
     def committed(self, key: ExpertKey, version: int) -> int:
-        if key in self.owned and version == self._version:
+        if key in self.owned and version == self._versions[key]:
             return self.owned[key].master
         return self.served(key, version)
 
@@ -129,6 +132,7 @@ class TrainingHost:
                 self._check(run)
                 for key in keys:
                     self.owned.pop(key, None)
+                    self._versions.pop(key, None)
             case Begin(attempt=attempt):
                 self._check(attempt.run)
                 if self._contributions.begin(attempt):
@@ -142,7 +146,13 @@ class TrainingHost:
             case Reduce():
                 return self._reduce(order)
             case Commit():
+                self._check(order.attempt.run)
                 self._commit(order)
+            case Succeed():
+                return self._succeed(order)
+            case Finish():
+                self._check(order.run)
+                self._commit(order.commit)
             case Renew():
                 self._renew(order)
         return None
@@ -162,7 +172,9 @@ class TrainingHost:
         self._given: dict[ExpertKey, int] = {}
         self._prepared: dict[ExpertKey, int | None] = {}
         self._committed: Attempt | None = None
-        self._version = 0  # of the last commit
+        self._last: Commit | None = None
+        self._versions: dict[ExpertKey, int] = {}  # of what is owned
+        self._step = 0
         self.owned = {}
 
     def _own(self, order: Own) -> None:
@@ -179,6 +191,7 @@ class TrainingHost:
                 self.owned[key] = Owned(first_weights(key))
             else:
                 self.owned[key] = Owned(self.served(key, order.versions.of(key)))
+            self._versions[key], self._step = order.versions.of(key), order.step
 
     def _check_serves_some(self, shared: ExpertKey, version: int) -> None:
         """Raise NotHere unless an expert of the layer is here, with what its layer shares."""
@@ -211,15 +224,30 @@ class TrainingHost:
         host = self if source == self.entry.host else self.peer(order.peers[source])
         return host.gradient(order.attempt, key)
 
+    def _succeed(self, order: Succeed) -> Inherited:
+        if order.run < self._newest:
+            raise Superseded(f"run {order.run} is over")
+        if not self._open or self._newest < order.since:
+            raise NotHere(f"no run since {order.since} is open")
+        self._newest = order.run
+        self._given = {}
+        whole = bool(self.owned) and not self.owned.keys() - self._prepared.keys()
+        return Inherited(
+            versions=dict(self._versions),
+            step=self._step,
+            committed=self._last,
+            prepared=self._contributions.attempt if whole else None,
+        )
+
     def _commit(self, order: Commit) -> None:
-        self._check(order.attempt.run)
         if self._committed != order.attempt:
             self._contributions.check(order.attempt)
             if missing := self.owned.keys() - self._prepared.keys():
                 raise NotHere(f"{min(missing)} is owned and not prepared")
             for key in self.owned:
                 self.owned[key] = self.owned[key].updated(self._prepared[key])
-            self._committed, self._version = order.attempt, order.version
+            self._committed, self._last = order.attempt, order
+            self._versions, self._step = dict.fromkeys(self.owned, order.version), order.step
             self._prepared = {}
         for key, owned in self.owned.items():
             if key.layer == TRUNK or key in self.experts:

@@ -26,6 +26,7 @@ class Faults:
     restarted: float = 0.01  # likewise, and another incarnation is there at once
     frozen: float = 0.01
     interrupted: float = 0.0  # the shell leaves an exchange
+    killed: float = 0.0  # the process that decides is gone, or only seems to be, before an order
     pool_changes: float = 0.15  # between two actions of the user: hosts come, leave, are drained
     one_at_a_time: bool = False  # no host is lost until what another one owned has owners again
     idle_only: bool = False  # only hosts that own nothing are lost
@@ -44,6 +45,10 @@ class Violation(Exception):
 
 class Interrupted(Exception):
     """The user has interrupted the shell."""
+
+
+class Killed(Exception):
+    """The process that decides is gone."""
 
 
 @dataclass

@@ -107,6 +107,10 @@ class InProcessRun:
             }
         return self._squares
 
+    @property
+    def is_broken(self) -> bool:
+        return False
+
     def not_finite(self) -> tuple[str, ...]:
         return tuple(
             f"{name} of expert {expert} of layer {layer}"

@@ -16,7 +16,7 @@ from moesaic.actors.training.opening import plan_run
 from moesaic.actors.training.optimizer import RunOptimizer
 from moesaic.actors.training.run import LearningTrunk, PoolRun
 from moesaic.actors.transport.bulk.links import BulkLinks
-from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
+from moesaic.cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
 from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.orders import Answer, Order
@@ -27,7 +27,7 @@ from moesaic.models.training.groups import TrainedTensors
 from moesaic.models.training.trainable_trunk import TrainableTrunk
 from moesaic.models.trunk.routing_record import record_routing
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
-from moesaic.proto.errors import HostLost, MoesaicError
+from moesaic.proto.errors import HostLost, MoesaicError, Superseded
 from tests.helpers.pool.serving import PATIENT, Hosts, serving
 
 DECAY = {"lr": 1e-2, "weight_decay": 0.1}
@@ -52,8 +52,10 @@ class LocalPool:
     def alive(self) -> dict[str, ExpertHost]:
         return {host.name: host for host in self.hosts.hosts if host.name not in self.gone}
 
-    def now(self) -> PoolNow:
+    def now(self, skip: int | None = None) -> PoolNow:
         placement = self.hosts.placement
+        if skip is not None:
+            self._release(lambda version: version == skip)
         return PoolNow(
             entries={name: host.entry() for name, host in self.alive.items()},
             domains={name: self.domains.get(name, name) for name in self.alive},
@@ -104,15 +106,20 @@ class LocalPool:
 
     def publish(self, version: int, timeout_s: float) -> None:
         placement = self.hosts.placement
+        if version <= placement.versions.models.get(self.hosts.ref.name, FIRST_VERSION):
+            raise Superseded(f"version {version} is over")
         models = {**placement.versions.models, self.hosts.ref.name: version}
         self._place(replace(placement, versions=replace(placement.versions, models=models)))
+        self._release(lambda held: held < version)
+
+    def _release(self, is_over: Callable[[int], bool]) -> None:
         for host in self.alive.values():
             old = [
                 ExpertVersion(layer.expert(expert), held)
                 for layer, experts in host.report().holdings.items()
                 for expert, versions in experts.items()
                 for held in versions
-                if held < version
+                if is_over(held)
             ]
             host.release(old)
 
@@ -173,6 +180,7 @@ def optimizing(
     borrows: bool = False,
     redundancy: int = 0,
     run: int = 1,
+    since: int | None = None,
     policy: RouterPolicy = PATIENT,
     prepare: Callable[[Any], None] = lambda _: None,
     params: Callable[[Any], Any] | None = None,
@@ -200,7 +208,7 @@ def optimizing(
         versions = pool.hosts.placement.versions
         number = versions.of(ExpertKey("m", 0, 0)) + 1
         steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=number)
-        return PoolRun(pool, BulkLinks("here"), learning, steps)
+        return PoolRun(pool, BulkLinks("here"), learning, steps, since=since)
 
     prepare(trunk.model)
     given: dict[str, Any] = DECAY | options

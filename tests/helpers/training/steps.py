@@ -166,7 +166,7 @@ class Steps:
         self.put_weights()
         for host in self.hosts:
             keys = {key: NewlyOwned(self.groups(key)) for key in self.owned_by(host)}
-            self.order(host, Own(run=self.run, versions=versions(self.version), keys=keys))
+            self.order(host, Own(run=self.run, versions=versions(self.version), step=0, keys=keys))
 
     # ---- a step ---------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class Steps:
         return answer.squares
 
     def commit(self, groups: Mapping[int, GroupUpdate]) -> None:
-        order = Commit(attempt=self.attempt, version=self.version + 1, groups=groups)
+        order = Commit(attempt=self.attempt, version=self.version + 1, step=1, groups=groups)
         self.every(order)
         self.version += 1
 

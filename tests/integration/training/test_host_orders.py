@@ -20,6 +20,7 @@ from moesaic.cluster.training.orders import (
     CloseRun,
     Commit,
     Disown,
+    Finish,
     Gather,
     GroupUpdate,
     NewlyOwned,
@@ -69,11 +70,11 @@ def test_orders_of_the_wrong_time_are_refused(folder: Path) -> None:
         later = attempt._replace(number=1)
         sources = dict.fromkeys(steps.owned_by("host-0"), ("host-0",))
         for order in (
-            Commit(attempt=attempt, version=2, groups=UPDATE),
+            Commit(attempt=attempt, version=2, step=1, groups=UPDATE),
             Gather(attempt=later),
             Reduce(attempt=later, sources={}),
             Reduce(attempt=attempt, sources=sources),  # nothing is gathered yet
-            Commit(attempt=later, version=2, groups=UPDATE),
+            Commit(attempt=later, version=2, step=1, groups=UPDATE),
         ):
             with pytest.raises(NotHere):
                 host.train(order)
@@ -88,7 +89,7 @@ def test_orders_of_the_wrong_time_are_refused(folder: Path) -> None:
         steps.reduce(found)
         host.train(Begin(attempt=later))
         with pytest.raises(NotHere, match="attempt 1 at step 0 of run 1 is under way on host-0"):
-            host.train(Commit(attempt=attempt, version=2, groups=UPDATE))
+            host.train(Commit(attempt=attempt, version=2, step=1, groups=UPDATE))
         with pytest.raises(Superseded):
             host.train(Begin(attempt=attempt))
         assert same(steps.states(), before)
@@ -103,14 +104,16 @@ def test_runs_follow_each_other(folder: Path) -> None:
         host = steps.hosts["host-0"]
         opened = OpenRun(run=RUN, model="m", optimizer="AdamW")
         key = steps.owned_by("host-0")[0]
+        of_run_1 = Commit(attempt=Attempt(RUN, 0, 0), version=2, step=1, groups=UPDATE)
         of_run: list[Callable[[int], Any]] = [
-            lambda run: Own(run=run, versions=versions(1), keys={}),
+            lambda run: Own(run=run, versions=versions(1), step=0, keys={}),
             lambda run: Disown(run=run, keys=()),
             lambda run: Begin(attempt=Attempt(run, 0, 0)),
             lambda run: Gather(attempt=Attempt(run, 0, 0)),
             lambda run: Reduce(attempt=Attempt(run, 0, 0), sources={}),
-            lambda run: Commit(attempt=Attempt(run, 0, 0), version=2, groups=UPDATE),
+            lambda run: Commit(attempt=Attempt(run, 0, 0), version=2, step=1, groups=UPDATE),
             lambda run: Renew(run=run, version=2, owners={}),
+            lambda run: Finish(run=run, commit=of_run_1),
             lambda run: CloseRun(run=run),
         ]
         host.train(opened)  # again
@@ -158,7 +161,7 @@ def test_a_host_that_comes_back_to_a_run_begins_anew(folder: Path) -> None:
             key: NewlyOwned(steps.groups(key), steps.entries["host-0"])
             for key in steps.owned_by("host-1")
         }
-        steps.order("host-1", Own(run=RUN, versions=versions(steps.version), keys=keys))
+        steps.order("host-1", Own(run=RUN, versions=versions(steps.version), step=0, keys=keys))
         assert same(steps.states(), before)
         assert not any("host-1" in (hosts or ()) for hosts in steps.gather().values())
         steps.again()
@@ -236,9 +239,9 @@ def test_a_commit_that_was_interrupted_goes_on_when_it_comes_again(
         ):
             assert same(found, due)
         with pytest.raises(InternalError, match="was committed as"):
-            host.train(Commit(attempt=steps.attempt, version=version, groups=NEXT))
+            host.train(Commit(attempt=steps.attempt, version=version, step=1, groups=NEXT))
         with pytest.raises(BadInput, match="was committed as version 2, not 3"):
-            host.train(Commit(attempt=steps.attempt, version=version + 1, groups=UPDATE))
+            host.train(Commit(attempt=steps.attempt, version=version + 1, step=1, groups=UPDATE))
         steps.commit(UPDATE)
         assert same(steps.states(), whole.states())
         assert same(steps.served(), whole.served())
@@ -293,7 +296,7 @@ def test_what_cannot_be_owned(folder: Path) -> None:
 
         def own(key: ExpertKey, groups: dict[str, int], version: int = 1) -> None:
             keys = {key: NewlyOwned(groups)}
-            host.train(Own(run=RUN, versions=versions(version), keys=keys))
+            host.train(Own(run=RUN, versions=versions(version), step=0, keys=keys))
 
         mine = next(k for k in steps.owned_by("host-0") if k.layer != TRUNK)
         others = [k for k in steps.owned_by("host-1") if k.layer != TRUNK]

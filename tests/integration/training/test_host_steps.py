@@ -139,7 +139,7 @@ def move(steps: Steps) -> None:
             key: NewlyOwned(steps.groups(key), steps.entries[before[key][0]])
             for key in steps.owned_by(host)
         }
-        steps.order(host, Own(run=steps.run, versions=versions(steps.version), keys=keys))
+        steps.order(host, Own(run=steps.run, versions=versions(steps.version), step=0, keys=keys))
         assert steps.hosts[host].report().owned == counts[host] + len(keys)
     for host in hosts:
         gone = tuple(key for key, owners in before.items() if host in owners)

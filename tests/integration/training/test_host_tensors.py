@@ -68,7 +68,7 @@ def test_what_is_put_comes_before_what_is_served(folder: Path) -> None:
                     )
                 keys = {key: NewlyOwned(groups)}
                 for _ in range(2):
-                    steps.order(owner, Own(run=RUN, versions=versions(1), keys=keys))
+                    steps.order(owner, Own(run=RUN, versions=versions(1), step=0, keys=keys))
                 state = steps.state(key, owner)
                 if kind == "state":
                     assert same(state, tensors)
@@ -115,7 +115,9 @@ def test_what_may_be_put(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         refused(BulkKey("state", new, run=RUN), given, Busy, "100 of 150 bytes")
         refused(BulkKey("weights", trunk_block("m", 8), run=RUN), given, Busy, "100 of 150")
         refused(gradient, zeros, Busy, "100 of 150")
-        steps.order("host-0", Own(run=RUN, versions=versions(1), keys={new: NewlyOwned({"x": 0})}))
+        steps.order(
+            "host-0", Own(run=RUN, versions=versions(1), step=0, keys={new: NewlyOwned({"x": 0})})
+        )
         training.put(BulkKey("weights", trunk_block("m", 8), run=RUN), given)
         training.put(BulkKey("weights", new, run=RUN), given)  # it is owned, and has used it
         refused(BulkKey("weights", trunk_block("m", 7), run=RUN), given, Busy, "100 of 150")

@@ -341,6 +341,7 @@ def test_post_expert_norms_are_refused_before_the_first_step(tmp_path: Path, dev
         shared = Own(
             run=FIRST.run,
             versions=trunk.pool.placement.versions,
+            step=0,
             keys={ExpertKey("m", 0, SHARED): NewlyOwned({"norm": 0}, None)},
         )
         with pytest.raises(CallError, match="hosts on GPUs train no post-expert norms"):

@@ -155,6 +155,22 @@ def test_the_version_before_goes_when_routers_have_acknowledged_and_nothing_else
     assert world.control.training.old_versions() == frozenset()
 
 
+def test_a_version_that_is_skipped_is_never_served_and_its_memory_is_freed() -> None:
+    world = TrainingWorld()
+    run = world.begin()
+    first = world.commit()
+    world.control.training.skip(run.run, first)
+    world.control.training.skip(run.run, first)  # its answer was lost
+    with pytest.raises(ClusterError, match=f"version {first} of m: the next one of run 1 is"):
+        world.publish(first)
+    world.rounds(POLICY.lease_s)
+    assert world.versions("h0", FIRST) == [1]
+    asked = world.publish(world.commit())
+    world.rounds(1.0)
+    assert asked.served
+    assert asked.version == first + 1
+
+
 def test_a_training_step_replaces_updates_of_single_experts() -> None:
     world = TrainingWorld()
     world.update([FIRST], in_file=True)

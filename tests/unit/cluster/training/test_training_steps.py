@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 
 from moesaic.cluster.training.orders import Begin, CloseRun, Commit, Disown, Order, Own
 from moesaic.cluster.training.owners import _Dealing
+from moesaic.cluster.training.run_hosts import RunHosts
 from moesaic.cluster.training.run_plan import PoolNow
 from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.versions import WeightVersions
 from moesaic.proto.errors import ClusterError, StepLost
+from tests.helpers.cluster.planted_bugs import Bug, find, run_seed
 from tests.helpers.cluster.steps_world import TrainingWorld
 from tests.helpers.cluster.training_hosts import Faults, Violation
 from tests.helpers.effort import tries
 
-SEEDS, STEPS, ATTEMPTS = tries(200), 6, 60
+SEEDS = tries(200)
 RARE = Faults(lost=0.0005, restarted=0.0005, frozen=0.0005, interrupted=0.005, pool_changes=0.05)
 # How many hosts there are, how many owners of a key, and what happens.
 WORLDS: dict[str, dict[str, Any]] = {
@@ -54,33 +54,13 @@ WORLDS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Done:
-    """What a seed has led to."""
-
-    world: TrainingWorld
-    broken: str = ""
-
-
-def run_seed(seed: int, kind: str) -> Done:
-    """Train under faults and without them afterwards. Raises Violation."""
-    world = TrainingWorld(seed, **WORLDS[kind])
-    try:
-        world.train(STEPS, ATTEMPTS)
-        world.calm_down()
-    except ClusterError:
-        assert world.steps.broken
-        return Done(world, world.steps.broken)
-    return Done(world)
-
-
 @pytest.mark.parametrize("kind", WORLDS)
 def test_invariants_hold_under_faults(kind: str) -> None:
     happened, ends = Counter[str](), Counter[bool]()
     committed = lost = 0
     for seed in range(SEEDS):
         try:
-            done = run_seed(seed, kind)
+            done = run_seed(seed, WORLDS[kind])
         except Violation as violation:
             raise AssertionError(f"seed {seed}") from violation
         happened += done.world.happened
@@ -99,8 +79,8 @@ def test_invariants_hold_under_faults(kind: str) -> None:
 
 
 PROBE = """
-from tests.unit.cluster.training.test_training_steps import run_seed
-world = run_seed(3, "losses at will").world
+from tests.unit.cluster.training.test_training_steps import WORLDS, run_seed
+world = run_seed(3, WORLDS["losses at will"]).world
 print(sorted(world.happened.items()), world.steps.owners, world.steps.attempt)
 """
 
@@ -347,27 +327,6 @@ def test_a_host_on_another_kind_of_device_that_joins_owns_what_has_no_copies(
 # ---- planted bugs -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Bug:
-    """A bug in a method: ``new`` instead of ``old`` in its source."""
-
-    method: str
-    old: str
-    new: str
-    where: str  # the world or the scenario that shows it
-    found: str  # the invariant
-    owner: type = TrainingSteps  # the class
-
-    def plant(self, patch: pytest.MonkeyPatch) -> None:
-        source = textwrap.dedent(inspect.getsource(getattr(self.owner, self.method)))
-        assert source.count(self.old) == 1, self
-        module = sys.modules[self.owner.__module__]
-        found: dict[str, Any] = {}
-        code = compile(source.replace(self.old, self.new), f"<{self.method}>", "exec")
-        exec(code, vars(module), found)
-        patch.setattr(self.owner, self.method, found[self.method])
-
-
 ONE, WILD, IDLE, NONE, GOING, MANY = WORLDS
 BEGINNING, DRAINED, NOT_CLOSED, MORE, COPY, RESTARTS = SCENARIOS
 EQUAL, GOES_ON, SAFE = (
@@ -387,35 +346,40 @@ BUGS = {
     ),
     "only owners are asked for gradients": Bug(
         "reduce_experts",
-        "dict.fromkeys(self._members, Gather",
-        "dict.fromkeys(keys_by_host(self.owners), Gather",
+        "dict.fromkeys(hosts.members, Gather",
+        "dict.fromkeys(hosts.keys_by_host(), Gather",
         IDLE,
         EQUAL,
     ),
     "a restart between two looks is not seen": Bug(
-        "follow", "now.get(host) != known", "host not in now", ONE, GOES_ON
+        "_gone", "now.get(host) != known", "host not in now", ONE, GOES_ON
     ),
     "a host comes back with the state of before": Bug(
-        "_enter", "CloseRun(run=plan.run),", "", WILD, EQUAL
+        "enter", "CloseRun(run=plan.run),", "", WILD, EQUAL, RunHosts
     ),
     "a host that does not forget the run comes back": Bug(
-        "_enter", "and isinstance(answer, NotHere)", "", NOT_CLOSED, EQUAL
+        "enter", "and isinstance(answer, NotHere)", "", NOT_CLOSED, EQUAL, RunHosts
     ),
     "what a failed order may have left is not forgotten": Bug(
-        "_move", "self._left[host] = set(order.keys)", "self._left[host] = set()", GOING, EQUAL
+        "move",
+        "self.left[host] = set(order.keys)",
+        "self.left[host] = set()",
+        GOING,
+        EQUAL,
+        RunHosts,
     ),
     "a host with an old state of a key becomes its owner": Bug(
-        "_move", "if host not in self._left", "if True", DRAINED, EQUAL
+        "move", "if host not in self.left", "if True", DRAINED, EQUAL, RunHosts
     ),
     "a host that may own more than it prepares is asked to commit": Bug(
         "reduce_experts",
-        "if late := self._left.keys() & keys_by_host(self.owners).keys():",
+        "if late := hosts.left.keys() & hosts.keys_by_host().keys():",
         "if late := set[str]():",
         MORE,
         "only a loss breaks a run",
     ),
     "an owner that has not committed stays one": Bug(
-        "_leave", "self.owners = owners", "pass", ONE, "errors are meant"
+        "_leave", "self._hosts.owners = owners", "pass", ONE, "errors are meant"
     ),
     "a commit without an answer is not asked for again": Bug(
         "commit", "if gone:", "if False:", IDLE, SAFE
@@ -427,23 +391,25 @@ BUGS = {
         "_leave", "if lost := ownerless(owners):", "if lost := []:", NONE, "keys have owners"
     ),
     "what could not be copied is given up": Bug(
-        "_move",
+        "move",
         "if len(took) < len(hosts) or not hosts:",
         "if not took:",
         COPY,
         "keys have all their owners",
+        RunHosts,
     ),
     "hosts that lost a key to others keep it": Bug(
-        "_move",
-        "self._left.setdefault(host, set()).add(key)",
+        "move",
+        "self.left.setdefault(host, set()).add(key)",
         "pass",
         IDLE,
         "hosts own what they should",
+        RunHosts,
     ),
     "a host that has just come owns something at once": Bug(
         "follow",
-        "self._dealt(known)",
-        "self._dealt(self._members)",
+        "hosts.dealt(known)",
+        "hosts.dealt(hosts.members)",
         RESTARTS,
         "only a loss breaks a run",
     ),
@@ -456,7 +422,11 @@ BUGS = {
         PoolNow,
     ),
     "replicas keep the old weights": Bug(
-        "commit", "yield self._renewals()", "yield {}", ONE, "replicas are renewed"
+        "commit",
+        "yield self._hosts.renewals(self._next_version - 1)",
+        "yield {}",
+        ONE,
+        "replicas are renewed",
     ),
     "the first loss is blamed for the state of another host": Bug(
         "_leave",
@@ -486,15 +456,4 @@ BUGS = {
 
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bug = BUGS[name]
-    bug.plant(monkeypatch)
-    for seed in range(SEEDS if bug.where in WORLDS else 1):
-        try:
-            if bug.where in WORLDS:
-                run_seed(seed, bug.where)
-            else:
-                SCENARIOS[bug.where]()
-        except Violation as violation:
-            assert violation.invariant == bug.found, violation
-            return
-    raise AssertionError("nothing shows it")
+    find(BUGS[name], WORLDS, SCENARIOS, SEEDS, monkeypatch)
