@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...cluster.placement import ModelRef
 from ...cluster.spec.deployment import DeployedModel, Deployment, PlacedEndpoint
@@ -26,13 +25,12 @@ from ..preflight.findings import raise_errors
 from ..preflight.preflight import Preflight, preflight, shape_of
 from ..runtime.log_settings import log_environment, log_runtime_env
 from ..runtime.placement_groups import reserve
-from ..runtime.ray_border import CONTROLLER, namespace_of
+from ..runtime.ray_border import CONTROLLER, HEAD_NODE, namespace_of
 from ..store.cluster_secret import make_secret
 from ..store.durable_state import claim, forget_last, store_deployment
 from ..tracing.start import store_traces
 from .end_at_once import begins
 from .ending import end_leftovers
-from .serve_border import head_node
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +118,9 @@ def begin(
             lifetime="detached",
             max_restarts=-1,
             num_cpus=0,
+            # Losing a node of hosts does not end the controller, nor does it start there again.
+            resources={HEAD_NODE: 0.001},
             **log_runtime_env(deployment.log_environment),
-            # On the head node, so that losing a node of hosts does not end the controller.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(head_node(), soft=True),
         )
         .remote(namespace)
     )

@@ -399,11 +399,6 @@ def _this_node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def head_node() -> str:
-    """Return the id of Ray's head node. Raises ClusterError."""
-    return _head()["NodeID"]
-
-
 def head_address() -> str:
     return _head()["NodeManagerAddress"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .chat import ModelOption, NameOption, UrlOption, url_of
+from .chat import NameOption, UrlOption, url_of
 from .terminal import bars, number, print_json, table
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ def register(app: typer.Typer) -> None:
 def bench(
     name: NameOption = "local",
     url: UrlOption = None,
-    model: ModelOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name of the model. It may be left out if there is only one."),
+    ] = None,
     concurrency: Annotated[
         str,
         typer.Option(help="Numbers of requests at the same time; each number gets its own run."),

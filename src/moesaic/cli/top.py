@@ -47,7 +47,7 @@ def top(
     if as_json:
         print_report(cluster.top(experts))
     elif once:
-        out.print(frame(name, cluster.top(experts)))
+        out.print(frame(cluster.name, cluster.top(experts)))
     else:
         with until_ctrl_c() as stop:
             _watch(lambda: _look(name, cluster, experts), interval, stop)
@@ -71,7 +71,7 @@ def _look(name: str, cluster: Cluster, experts: int) -> RenderableType:
     A controller comes back; an ended cluster does not, and its error is raised.
     """
     try:
-        return frame(name, cluster.top(experts))
+        return frame(cluster.name, cluster.top(experts))
     except ClusterError as error:
         if find_session(name) is None:
             raise

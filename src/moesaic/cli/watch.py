@@ -15,7 +15,7 @@ from ..handle import connect
 from ..logs import KINDS, LogKind, read_logs
 from ..page_address import open_page, page_address
 from ..proto.errors import CheckpointError, ClusterError
-from ..session import logged_session
+from ..session import ClusterSession, logged_session
 from .terminal import bars, number, print_json, print_report, table, until_ctrl_c
 from .top import top
 
@@ -134,12 +134,20 @@ def logs(
     """Show what the cluster's processes on this machine printed, dead processes included."""
     wanted: list[LogKind] = [_kind(kind) for kind in kinds or ()]
     with until_ctrl_c() as stop:
-        session = logged_session(name)
+        session = _logged(name)
         lines = read_logs(session, wanted, host=host, tail=tail, follow=follow, stop=stop)
         for line in lines:
             print(json.dumps(asdict(line)) if as_json else str(line), flush=follow)
             if stop.is_set():
                 return
+
+
+def _logged(name: str) -> ClusterSession:
+    """Return a cluster of this machine, or else one whose Ray has a node here."""
+    try:
+        return logged_session(name)
+    except ClusterError:
+        return running_cluster(name)
 
 
 def _kind(text: str) -> LogKind:
