@@ -396,8 +396,7 @@ class TrainingSteps:
     def _let_own(self, stands: Standing) -> Exchange[None]:
         """Let owners take over what they were given, or have themselves."""
         found = yield {
-            host: self._hosts.own(keys, stands)
-            for host, keys in self._hosts.keys_by_host().items()
+            host: self._hosts.own(keys, stands) for host, keys in self._hosts.keys_by_host().items()
         }
         raise_first(found, "become the owner of what is trained")
 
