@@ -165,3 +165,26 @@ def test_a_checkpoint_that_was_taken_over_in_part_is_no_state(
         after = states(optimizer, pool)
         for key, tensors in before.items():
             assert all(torch.equal(after[key][name], one) for name, one in tensors.items())
+
+
+def test_a_run_that_has_lost_state_goes_on_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    plain, expected = plain_run(folder, 3)
+    with (
+        training_pool(folder, hosts=3, replicas=2) as pool,
+        optimizing(pool, folder) as (model, optimizer),
+    ):
+        one_step(model, optimizer, 0)
+        optimizer.save(tmp_path / "saved")
+        kept = optimizer.state_dict()
+        one_step(model, optimizer, 1)
+        pool.lose("host-1")
+        with pytest.raises((StepLost, ClusterError)):
+            one_step(model, optimizer, 2)
+        with pytest.raises(ClusterError, match="go back to a checkpoint, or train with redundancy"):
+            optimizer.run.drop()
+        assert optimizer.run.is_broken
+        optimizer.load_state_dict(kept)
+        assert (optimizer.run.step, optimizer.run.is_broken) == (1, False)
+        found = [one_step(model, optimizer, step) for step in range(1, 3)]
+        assert torch.tensor(found).sub(torch.tensor(expected[1:])).abs().max() < 1e-12
+        assert_same_model(pool, model, plain, 1e-12)
