@@ -84,7 +84,7 @@ class ProcessPool:
         self._placement, self._router = placement, router
         self._threads = ThreadPoolExecutor(len(hosts))
 
-    def now(self) -> PoolNow:
+    def now(self, skip: int | None = None) -> PoolNow:
         return PoolNow(
             entries=self._placement.hosts,
             domains={host: host for host in self._hosts},

@@ -55,11 +55,21 @@ def concrete(expression: str, *, cluster: str, interval: str) -> str:
     return expression
 
 
+def _inside(part: str) -> str:
+    """What a part says inside of a bracket that it shares with others."""
+    while part.count("(") > part.count(")"):
+        part = part[part.rindex("(") + 1 :]
+    while part.count(")") > part.count("("):
+        part = part[: part.rindex(")")]
+    return part
+
+
 def operands(expression: str) -> list[str]:
     """What an alert compares with a number, each of which a cluster has at all times.
 
     The alert itself gives nothing while all is well.
     """
     parts = re.split(r"\b(?:and|or|unless)\b(?: on \([^)]*\))?", expression)
+    parts = [_inside(part) for part in parts]
     bare = [re.sub(r"(?:==|>=|<=|>|<) *[\d.]+\s*$", "", part.strip()).strip() for part in parts]
     return [part for part in bare if not part.startswith("absent(")]

@@ -75,7 +75,7 @@ def test_the_endpoint_answers_as_plain_transformers(
 def test_status_names_hosts_models_and_what_is_unprotected(cluster: Cluster) -> None:
     status = cluster.status()
     # Of 16 experts. Hosts may still hold some that have moved, and hot ones may have a replica.
-    assert 8 <= status.unprotected_experts <= 16
+    assert 0 < status.unprotected_experts <= 16
     assert [host.name for host in status.hosts] == ["host-0", "host-1", "host-2"]
     assert {model.name for model in status.models} >= {"mixtral", "org/once"}
     assert status.missing_experts == 0
