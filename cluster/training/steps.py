@@ -310,7 +310,8 @@ class TrainingSteps:
 
     def take_over(self, step: int) -> Exchange[None]:
         """Go on from the state after ``step`` that owners were given, as a new version."""
-        # It has a number of its own from the beginning, so that nobody takes a part for the whole.
+        # Owners get the new version's number with the state: a host that has it and others that
+        # lack it cannot be mistaken for a pool that has taken over the whole checkpoint.
         self._count_version()
         yield from self._let_own(Standing(versions=self.versions, step=step))
         version = self._next_version - 1

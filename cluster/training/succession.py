@@ -1,10 +1,10 @@
 """What a run goes on from when the process that decided for it is gone.
 
-Its successor is a run of a higher number. It asks all hosts (`Succeed`), which obey nobody else
-from then on. What they own says how far the run had come: versions are numbers that are never used
-twice, so masters of one version are those of one commit. A commit that any host has carried out is
-carried out by all that are prepared for it. One that no host is known to have carried out has not
-happened: nothing is published before all owners have answered.
+Its successor is a run with a higher number. It sends `Succeed` to all hosts, which refuse orders of
+older runs from then on. What they own says how far the run had come: masters of one version are
+those of one commit. A commit that some host has carried out is carried out by all that are prepared
+for it. If no host reports it, the step is done again: a run publishes a version only after all
+owners have answered.
 """
 
 from __future__ import annotations

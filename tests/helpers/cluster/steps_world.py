@@ -49,7 +49,7 @@ from moesaic.proto.errors import (
     Superseded,
 )
 from tests.helpers.cluster.steps_invariants import check_broken, check_owners, check_settled
-from tests.helpers.cluster.successions import Zombie, let_zombies_act, succeed
+from tests.helpers.cluster.successions import Zombie, let_zombies_act, may_die, succeed
 from tests.helpers.cluster.training_host import Owned, first_weights
 from tests.helpers.cluster.training_hosts import (
     Faults,
@@ -165,7 +165,7 @@ class TrainingWorld:
         if faults is None or place is None or len(self.places) < 3:
             return False
         if self.succeeding and (faults.one_at_a_time or faults.idle_only):
-            return False  # nobody knows yet who owns what
+            return False  # the new run does not know the owners yet
         if faults.idle_only and place.host.owned:
             return False
         if not faults.one_at_a_time:
@@ -227,7 +227,7 @@ class TrainingWorld:
             try:
                 orders = next(exchange) if answers is None else exchange.send(answers)
             except StopIteration as end:
-                self._forget_exchange()
+                self.forget_exchange()
                 return end.value
             except (AssertionError, KeyError) as error:
                 raise Violation("errors are meant", repr(error)) from error
@@ -235,21 +235,17 @@ class TrainingWorld:
             self.random.shuffle(names)
             answers = {}
             for name in names:
-                if self.faults and self.faults.killed and self.random.random() < self.faults.killed:
-                    self.happened["killed"] += 1
-                    self.zombies.append(Zombie(exchange, orders, answers))
-                    self._forget_exchange()
-                    raise Killed
+                may_die(self, Zombie(exchange, orders, answers))
                 answers[name] = self._ask(name, orders[name])
                 let_zombies_act(self)
                 if isinstance(answers[name], Superseded):
                     raise Violation("the newest run is obeyed", f"{orders[name]}: {answers[name]}")
             if self.faults and self.random.random() < self.faults.interrupted:
                 self.happened["interrupted"] += 1
-                self._forget_exchange()
+                self.forget_exchange()
                 raise Interrupted
 
-    def _forget_exchange(self) -> None:
+    def forget_exchange(self) -> None:
         self._doubtful.clear()
         self._asked_once.clear()
 

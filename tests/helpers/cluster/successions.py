@@ -41,6 +41,16 @@ class Zombie:
         return True
 
 
+def may_die(world: TrainingWorld, left: Zombie) -> None:
+    """Let the process be gone, or only seem to be; raise Killed then."""
+    chance = world.faults.killed if world.faults else 0.0
+    if chance and world.random.random() < chance:
+        world.happened["killed"] += 1
+        world.zombies.append(left)
+        world.forget_exchange()
+        raise Killed
+
+
 def let_zombies_act(world: TrainingWorld) -> None:
     def reach(name: str, order: Order) -> Answer | MoesaicError:
         place = world.places.get(name)

@@ -97,7 +97,7 @@ def a_successor_finds_half_an_owner() -> TrainingWorld:
 
 
 def a_run_that_is_killed_before_replicas_are_renewed() -> TrainingWorld:
-    """All owners have committed, and nobody else has heard of it."""
+    """All owners have committed; replicas have not fetched the new version, nor is it published."""
     world = TrainingWorld(1, hosts=3, redundancy=0)
 
     def gate(name: str, order: Order) -> None:
