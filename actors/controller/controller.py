@@ -292,8 +292,8 @@ class Controller:
 
     # ---- training: see `Training` ---------------------------------------------------------------
 
-    async def begin_training(self, model: str, who: str) -> BegunTraining:
-        return await self._training.begin(model, who)
+    async def begin_training(self, model: str, who: str, succeed: bool = False) -> BegunTraining:
+        return await self._training.begin(model, who, succeed)
 
     async def training_news(self, run: int, skip: int | None = None) -> TrainingNews:
         return self._training.news(run, skip)

@@ -11,7 +11,13 @@ from ...cluster.expert_keys import FIRST_VERSION, ExpertVersion
 from ...cluster.placement import ModelRef, ModelShape, PlacementId
 from ...cluster.planner.constraints import check_model
 from ...cluster.reports.status import TrainingStatus
-from ...cluster.training.runs import RUN_LEASE_S, BegunTraining, Publication, TrainingNews
+from ...cluster.training.runs import (
+    RUN_LEASE_S,
+    BegunTraining,
+    LivingRun,
+    Publication,
+    TrainingNews,
+)
 from ...proto.errors import ClusterError
 
 # How long a model that was asleep may take to be placed again.
@@ -51,8 +57,11 @@ class Training:
         self._stored = control.training.snapshot()
         self._ticked = asyncio.Event()
 
-    async def begin(self, model: str, who: str) -> BegunTraining:
-        """Begin to train a model; one that is asleep wakes up first."""
+    async def begin(self, model: str, who: str, succeed: bool = False) -> BegunTraining:
+        """Begin to train a model; one that is asleep wakes up first.
+
+        With ``succeed`` the run that lives goes on in another process.
+        """
         control = self._control
         try:
             check_model(control.models, model)
@@ -63,6 +72,10 @@ class Training:
                 f"model {model!r}: its experts cannot be trained; set models.{model}.train: true "
                 "in the spec, and start the cluster again"
             )
+        if succeed:
+            followed = control.training.succeed(model, who=who, now=self._clock())
+            self._keep()
+            return self._begun(followed, since=followed.since)
         asleep, until = model in control.idle_models.asleep, self._clock() + WAKE_S
         control.idle_models.wake(model, self._clock())
         while asleep and not control.publisher.has_published(model) and self._clock() < until:
@@ -79,10 +92,15 @@ class Training:
         except BaseException:
             control.training.end(begun.run)
             raise
+        return self._begun(begun, since=None)
+
+    def _begun(self, run: LivingRun, since: int | None) -> BegunTraining:
+        control = self._control
         return BegunTraining(
-            run=begun.run,
-            versions=control.view.versions.only(model),
-            next_version=begun.next_version,
+            run=run.run,
+            since=since,
+            versions=control.view.versions.only(run.model),
+            next_version=run.next_version,
             redundancy=control.policy.balance.redundancy,
             lease_s=RUN_LEASE_S,
         )

@@ -214,6 +214,7 @@ class RunTensors:
             whole = attempt is not None and not self.owned.missing(attempt)
             return Inherited(
                 versions=dict(self._versions),
+                groups=dict(self._groups),
                 step=self._step,
                 committed=self._last,
                 prepared=attempt if whole and self._versions else None,

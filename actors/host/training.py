@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -176,6 +177,12 @@ class HostTraining:
         run = self._run
         if run is None or not order.since <= run.opened.run <= order.run:
             raise NotHere(f"no run from {order.since} to {order.run} is open on {self._host}")
+        asked = replace(run.opened, model=order.model, optimizer=order.optimizer)
+        if replace(asked, settings=order.settings) != run.opened:
+            raise BadInput(
+                f"run {run.opened.run} trains {run.opened.model!r} with {run.opened.optimizer} and "
+                f"{run.opened.settings}; go on with the same"
+            )
         self._newest = order.run
         return run.succeed(order.run)
 

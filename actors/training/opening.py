@@ -43,14 +43,15 @@ def open_run(
     *,
     redundancy: int | None = None,
     exact: bool = False,
+    succeed: bool = False,
 ) -> PoolRun:
     """Begin to train a model of a cluster; ``layers`` are as in `plan_run`.
 
-    ``redundancy`` is how many hosts may be lost with what they own (None: as the spec says). Raises
-    ClusterError.
+    ``redundancy`` is how many hosts may be lost with what they own (None: as the spec says). With
+    ``succeed`` it goes on with the run that lives, whose process is gone. Raises ClusterError.
     """
     who = getpass.getuser()
-    asked = controller_of(namespace).begin_training.remote(model, who)
+    asked = controller_of(namespace).begin_training.remote(model, who, succeed)
     begun = ray_get(asked, _BEGIN_S, f"beginning to train {model}")
     pool = RayTrainingPool(namespace, begun.run, model, router)
     links = BulkLinks(ray.get_runtime_context().get_node_id(), secret_of(namespace))
@@ -69,11 +70,12 @@ def open_run(
         steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=number)
     except BaseException:
         links.close()
-        pool.end()
+        if begun.since is None:
+            pool.end()
         raise
     for host, memory in sorted(steps.planned_memory().items()):
         log.info("run %d: %s is planned to need %s", begun.run, host, memory)
-    return PoolRun(pool, links, trunk, steps)
+    return PoolRun(pool, links, trunk, steps, since=begun.since)
 
 
 def plan_run(

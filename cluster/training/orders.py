@@ -188,17 +188,21 @@ class Succeed:
     """Obey a run in the place of an older one, whose process is gone: ``since`` or a later one.
 
     What the host keeps for that run is this one's. The answer is `Inherited`. Raises NotHere if the
-    host has none of these runs.
+    host has none of these runs, and BadInput if they train with another optimizer.
     """
 
     run: RunId
     since: RunId
+    model: str
+    optimizer: str
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 class Inherited(NamedTuple):
     """What a host has kept of the run that came before."""
 
     versions: Mapping[ExpertKey, int]  # of the weights that the masters of what it owns are
+    groups: Mapping[ExpertKey, Mapping[str, int]]  # of the tensors of each of these keys
     step: int  # steps that have led to the newest of them
     committed: Commit | None  # that was carried out last
     prepared: Attempt | None  # the attempt for which all that it owns is prepared

@@ -30,6 +30,7 @@ class BegunTraining:
     """What a run has to know when it begins."""
 
     run: RunId
+    since: RunId | None  # with which it began, if it goes on with what others have done
     versions: WeightVersions  # of the model, as they are served
     next_version: int  # that its first step brings; each further step adds one
     redundancy: int  # how many owners of a key may be lost at once, as the spec says
@@ -78,6 +79,7 @@ class LivingRun:
     began_at: float  # seconds since 1970
     next_version: int  # which its next step brings
     steps: int = 0  # versions of it that were published
+    since: RunId = 0  # the number with which it began, before others followed; 0: this one
 
     def __str__(self) -> str:
         return f"run {self.run} ({self.who}) that trains {self.model}"
@@ -164,6 +166,28 @@ class TrainingRuns:
         self._updates.trained_by[model] = self.last_run
         self._heard_s = self._listened(now)
         return self.alive
+
+    def succeed(self, model: str, *, who: str, now: float) -> LivingRun:
+        """Let another process go on with the run that lives, under the next number.
+
+        The process before is superseded, whether or not it is gone. Raises ClusterError if no run
+        trains the model.
+        """
+        found = self.alive
+        if found is None or found.model != model:
+            last = f"; the last one has ended: {self.ending}" if self.ending else ""
+            raise ClusterError(
+                f"model {model!r}: no run that trains it lives{last}; begin a new one"
+            )
+        self.last_run += 1
+        found.since = found.since or found.run
+        found.run, found.who = self.last_run, who
+        self._updates.trained_by[model] = self.last_run
+        if self._publication is not None:
+            self._publication.error = f"{found} has followed the run that asked"
+        self._publication = None
+        self._heard_s = self._listened(now)
+        return found
 
     def known(self, run: RunId) -> LivingRun:
         """Return a run that lives. Raises Superseded if a newer one rules, and ClusterError."""
@@ -259,7 +283,9 @@ class TrainingRuns:
 
     def is_alive(self, run: RunId) -> bool:
         """Return whether hosts are to keep what they have of a run; 0: they have nothing."""
-        return not run or (self.alive is not None and self.alive.run == run)
+        alive = self.alive
+        # Hosts hear of a successor after the controller.
+        return not run or (alive is not None and (alive.since or alive.run) <= run <= alive.run)
 
     def is_arriving(self, weights: ExpertVersion) -> bool:
         """Return whether a version is one that the living run brings."""

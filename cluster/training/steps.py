@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ...proto.errors import ClusterError, MoesaicError, StepLost
+from ...proto.errors import BadInput, ClusterError, MoesaicError, StepLost
 from ..expert_keys import TRUNK, ExpertKey, is_shared
 from ..placement import HostEntry
 from ..versions import WeightVersions
@@ -148,15 +148,24 @@ class TrainingSteps:
         Called in the place of `open` and `own`; the first attempt begins. Afterwards `versions` may
         be newer than those that are served. Raises ClusterError if state is lost.
         """
-        hosts, run = self._hosts, self.plan.run
-        found = dict((yield dict.fromkeys(hosts.pool.entries, Succeed(run=run, since=since))))
+        hosts, plan, run = self._hosts, self.plan, self.plan.run
+        order = Succeed(
+            run=run,
+            since=since,
+            model=plan.model,
+            optimizer=plan.optimizer,
+            settings=plan.settings,
+        )
+        found = dict((yield dict.fromkeys(hosts.pool.entries, order)))
         if silent := errors_of(found):
-            found |= yield dict.fromkeys(silent, Succeed(run=run, since=since))
+            found |= yield dict.fromkeys(silent, order)
+        raise_first({h: one for h, one in found.items() if isinstance(one, BadInput)}, "go on")
         there = Inheritance(
             found={h: one for h, one in found.items() if isinstance(one, Inherited)},
             served=self.versions,
             keys=self.plan.tensors.keys(),
         )
+        there.check(plan)
         if (unfinished := there.unfinished()) is not None:
             commit, late = unfinished
             failed = errors_of((yield dict.fromkeys(late, Finish(run=run, commit=commit))))

@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from ...proto.errors import ClusterError
 from ..expert_keys import SHARED, ExpertKey
 from ..versions import WeightVersions
 from .orders import Commit, Inherited
 from .owners import Owners
+from .run_plan import RunPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,18 @@ class Inheritance:
     found: Mapping[str, Inherited]
     served: WeightVersions  # of the model
     keys: Collection[ExpertKey]  # all that the run trains
+
+    def check(self, plan: RunPlan) -> None:
+        """Raise ClusterError if the run before trains other tensors than a plan says."""
+        for host, one in self.found.items():
+            for key, groups in one.groups.items():
+                due = plan.tensors[key].groups if key in plan.tensors else {}
+                if groups != due:
+                    raise ClusterError(
+                        f"the run to be followed trains {sorted(groups)} of {key} in groups "
+                        f"{sorted(set(groups.values()))} ({host}), and this one {sorted(due)} in "
+                        f"{sorted(set(due.values()))}; begin with the same parameters and groups"
+                    )
 
     @property
     def newest(self) -> int:
@@ -54,8 +68,11 @@ class Inheritance:
     def finished(self, commit: Commit, hosts: Collection[str]) -> Inheritance:
         """Return what is there when hosts have carried out a commit."""
         done = {
-            host: Inherited(
-                dict.fromkeys(self.found[host].versions, commit.version), commit.step, commit, None
+            host: self.found[host]._replace(
+                versions=dict.fromkeys(self.found[host].versions, commit.version),
+                step=commit.step,
+                committed=commit,
+                prepared=None,
             )
             for host in hosts
         }

@@ -397,6 +397,7 @@ class Cluster:
         *,
         redundancy: int | None,
         exact: bool,
+        succeed: bool,
     ) -> PoolRun:
         """Begin to train a model that this handle has opened. Raises BadInput and ClusterError."""
         from .actors.training.opening import open_run
@@ -419,6 +420,7 @@ class Cluster:
             rule,
             redundancy=redundancy,
             exact=exact,
+            succeed=succeed,
         )
         self._runs = [*(one for one in self._runs if not one.is_over), run]
         return run

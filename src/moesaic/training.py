@@ -32,6 +32,7 @@ class PoolOptimizer(RunOptimizer):
         not_finite: Literal["stop", "skip"] = "stop",
         redundancy: int | None = None,
         exact: bool = False,
+        succeed: bool = False,
         **hyperparameters: object,
     ) -> None:
         """Begin to train ``model``, which `from_pretrained` or `attach` of ``cluster`` opened.
@@ -43,14 +44,16 @@ class PoolOptimizer(RunOptimizer):
         ``not_finite="skip"`` the step is skipped with a warning. ``redundancy`` is how many hosts
         may be lost with what they own (None: `balance.redundancy`); with 0 a run whose host dies
         has to go back to a checkpoint. ``exact``: sums of gradients do not depend on the order in
-        which they arrive.
+        which they arrive. ``succeed`` goes on with the run that trains the model, in the place of a
+        process that is gone: after its last step, with its optimizer's state; ``run.step`` is the
+        number of steps that are done. Whatever the other process still sends is refused.
 
         Raises BadInput for what cannot be trained, and ClusterError.
         """
         super().__init__(
             model,
             lambda trained, rule: cluster._open_run(
-                model, trained, rule, redundancy=redundancy, exact=exact
+                model, trained, rule, redundancy=redundancy, exact=exact, succeed=succeed
             ),
             optimizer=optimizer,
             params=params,

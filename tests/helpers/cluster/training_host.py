@@ -234,6 +234,7 @@ class TrainingHost:
         whole = bool(self.owned) and not self.owned.keys() - self._prepared.keys()
         return Inherited(
             versions=dict(self._versions),
+            groups={key: {"w": 0} for key in self._versions},
             step=self._step,
             committed=self._last,
             prepared=self._contributions.attempt if whole else None,

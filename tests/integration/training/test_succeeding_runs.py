@@ -188,3 +188,32 @@ def test_a_run_that_has_lost_state_goes_on_from_a_checkpoint(folder: Path, tmp_p
         found = [one_step(model, optimizer, step) for step in range(1, 3)]
         assert torch.tensor(found).sub(torch.tensor(expected[1:])).abs().max() < 1e-12
         assert_same_model(pool, model, plain, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"optimizer": "SGD", "lr": 0.1}, "trains 'm' with AdamW and .*; go on with the same"),
+        ({"weight_decay": 0.2}, "go on with the same"),
+        (
+            {"params": lambda model: model.lm_head.parameters()},
+            r"trains \['down', .*\] of expert .*, and this one \[\] in .*; begin with the same par",
+        ),
+    ],
+)
+def test_another_optimizer_or_other_parameters_do_not_go_on(
+    folder: Path, other: dict[str, Any], message: str
+) -> None:
+    with (
+        training_pool(folder, hosts=2) as pool,
+        optimizing(pool, folder) as (model, optimizer),
+    ):
+        one_step(model, optimizer, 0)
+        with (
+            pytest.raises(ClusterError, match=message),
+            optimizing(pool, folder, run=2, since=1, **other),
+        ):
+            raise AssertionError("it is not reached")
+        with optimizing(pool, folder, run=3, since=1) as (later, heir):
+            assert heir.run.step == 1
+            one_step(later, heir, 1)
