@@ -330,6 +330,7 @@ class PoolRun:
         if self._served != self._steps.versions:
             self._settle()  # it has not published it
         else:
+            self._pool.now(skip=self._steps.skipped)
             self._each(self._blocks, self._get_weights)
             self._begun()
 

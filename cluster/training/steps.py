@@ -80,6 +80,9 @@ class TrainingSteps:
         self._turn = 0  # commits and checkpoints that were taken over: it never goes back
         self.versions = versions  # of the weights after the last commit
         self._next_version = next_version
+        # A version that is never to be served, because the process before may have committed it at
+        # a host that does not answer; who runs the exchanges says so to the controller.
+        self.skipped: int | None = None
         self.broken = ""  # why the run cannot go on
         self._number = 0  # of the attempt; each step's first one is 1
         self._lost = _NOT_BEGUN  # why the attempt cannot be committed
@@ -146,7 +149,8 @@ class TrainingSteps:
         """Go on with what run ``since`` began, in the place of its process, or of one after it.
 
         Called in the place of `open` and `own`; the first attempt begins. Afterwards `versions` may
-        be newer than those that are served. Raises ClusterError if state is lost.
+        be newer than those that are served; otherwise one is `skipped`. Raises ClusterError if
+        state is lost.
         """
         hosts, plan, run = self._hosts, self.plan, self.plan.run
         order = Succeed(
@@ -181,7 +185,9 @@ class TrainingSteps:
                 f"no host that answers has the optimizer's state of {lost[0]} ({len(lost)} in "
                 "all); go back to a checkpoint, or train with redundancy"
             )
-        if not there.is_published:
+        if there.is_published:
+            self.skipped, self._next_version = self._next_version, self._next_version + 1
+        else:
             self.versions = WeightVersions({self.plan.model: version})
             self._next_version = max(self._next_version, version + 1)
         self._check()

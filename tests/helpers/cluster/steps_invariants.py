@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moesaic.cluster.expert_keys import FIRST_VERSION, SHARED, is_shared
+from moesaic.cluster.expert_keys import SHARED, is_shared
 from tests.helpers.cluster.training_hosts import Violation
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def check_owners(world: TrainingWorld) -> None:
                 )
     for name, place in world.places.items():
         for (key, version), given in place.host.weights.items():
-            made = version - FIRST_VERSION
-            if made < len(world.reference) and given != world.reference[made][key].master:
+            made = world.made.get(version)
+            if made is not None and given != world.reference[made][key].master:
                 raise Violation("versions are whole", f"{key} version {version} at {name}")
 
 

@@ -93,6 +93,8 @@ class TrainingWorld:
         self.leaving: set[str] = set()
         self.lost: list[str] = []  # why attempts were lost
         self.latest = FIRST_VERSION  # that is published
+        self.next_version = FIRST_VERSION + 1  # as the controller knows it
+        self.made = {FIRST_VERSION: 0}  # version -> the steps that have led to it
         self.keys = [
             ExpertKey(MODEL, layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)
         ]
@@ -122,7 +124,7 @@ class TrainingWorld:
             redundancy=redundancy,
         )
         self.steps = TrainingSteps(
-            plan, self.now(), versions=WeightVersions(), next_version=FIRST_VERSION + 1
+            plan, self.now(), versions=WeightVersions(), next_version=self.next_version
         )
         self.exchange(self.steps.open())
         for key in self.blocks:
@@ -152,7 +154,7 @@ class TrainingWorld:
         """The controller lets a host load the version of an expert that is published."""
         host = self.places[name].host
         host.experts.add(key)
-        host.weights[key, self.latest] = self.reference[self.latest - FIRST_VERSION][key].master
+        host.weights[key, self.latest] = self.reference[self.made[self.latest]][key].master
 
     def spread(self) -> None:
         """The controller lets experts that no host serves be served again."""
@@ -231,9 +233,8 @@ class TrainingWorld:
                 return end.value
             except (AssertionError, KeyError) as error:
                 raise Violation("errors are meant", repr(error)) from error
-            names = sorted(orders)
+            names, answers = sorted(orders), {}
             self.random.shuffle(names)
-            answers = {}
             for name in names:
                 may_die(self, Zombie(exchange, orders, answers))
                 answers[name] = self._ask(name, orders[name])
@@ -353,8 +354,7 @@ class TrainingWorld:
                 raise
 
     def attempt(self) -> None:
-        steps, step = self.steps, self.steps.step
-        attempt = steps.attempt
+        steps, step, attempt = self.steps, self.steps.step, self.steps.attempt
         # Some layers and blocks have no gradients in some steps.
         of_step = random.Random(step)
         without = frozenset({of_step.randrange(LAYERS)} if of_step.random() < 0.3 else ())
@@ -447,15 +447,16 @@ class TrainingWorld:
     def settle(self) -> None:
         """Publish what was committed, and begin the next attempt, as a run's shell does."""
         steps, masters = self.steps, self.reference[self.steps.step]
+        before, self.latest = self.latest, steps.versions.of(self.keys[0])
+        self.made[self.latest], self.next_version = steps.step, self.latest + 1
         self.check()
-        self.latest = steps.versions.of(self.keys[0])
         for name, place in self.places.items():
             renewed = self.faults is None and name not in self.excused
             for key in place.host.experts:  # the controller lets hosts load what they lack
                 if renewed and (key, self.latest) not in place.host.weights:
                     raise Violation("replicas are renewed", f"{key} at {name}")
                 place.host.weights.setdefault((key, self.latest), masters[key].master)
-            place.host.keep_versions({self.latest - 1, self.latest})
+            place.host.keep_versions({before, self.latest})
         self.spread()
         if self.faults is not None and self.random.random() < 0.2:
             self.change_pool()

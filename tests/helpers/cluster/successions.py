@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from moesaic.cluster.expert_keys import FIRST_VERSION
 from moesaic.cluster.training.orders import Answer, Exchange, Order
 from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.versions import WeightVersions
@@ -91,15 +90,17 @@ def _succeed(world: TrainingWorld) -> None:
         replace(plan, run=plan.run + 1),
         world.now(),
         versions=WeightVersions({model: world.latest}),
-        next_version=world.latest + 1,
+        next_version=world.next_version,
     )
     world.succeeding = True
     world.exchange(steps.succeed(world.first_run))
     world.succeeding = False
-    published = world.latest - FIRST_VERSION
+    published = world.made[world.latest]
     if steps.step not in (published, published + 1):
         raise Violation("no step is lost", f"{steps.step}, and {published} published")
-    world.check()
-    if steps.versions.models[model] != world.latest:
+    if steps.skipped is not None:
+        world.next_version = steps.skipped + 1
+        world.check()
+    else:
         world.happened["finished"] += 1
         world.settle()

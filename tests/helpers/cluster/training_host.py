@@ -48,16 +48,32 @@ class Owned(NamedTuple):
         return Owned((5 * self.master + moment + 1) % _PRIME, moment)
 
 
+@dataclass
+class Violation(Exception):
+    """An invariant does not hold."""
+
+    invariant: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.invariant}: {self.message}"
+
+
 def first_weights(key: ExpertKey) -> int:
     return 1000 + 100 * (key.layer % 97) + key.expert % 89
 
 
 @dataclass
 class TrainingHost:
-    """One incarnation of a host. ``peer`` finds another one by its entry, or raises HostLost."""
+    """One incarnation of a host.
+
+    ``peer`` finds another one by its entry, or raises HostLost. ``commits`` are the attempts that
+    any host has ever committed, by version.
+    """
 
     entry: HostEntry
     peer: Callable[[HostEntry], TrainingHost]
+    commits: dict[int, Attempt] = field(default_factory=dict)
     weights: dict[tuple[ExpertKey, int], int] = field(default_factory=dict)  # by version
     experts: set[ExpertKey] = field(default_factory=set)  # that it serves
     owned: dict[ExpertKey, Owned] = field(default_factory=dict)
@@ -247,6 +263,8 @@ class TrainingHost:
                 raise NotHere(f"{min(missing)} is owned and not prepared")
             for key in self.owned:
                 self.owned[key] = self.owned[key].updated(self._prepared[key])
+            if (first := self.commits.setdefault(order.version, order.attempt)) != order.attempt:
+                raise Violation("a number names one commit", f"{order.version}: not only {first}")
             self._committed, self._last = order.attempt, order
             self._versions, self._step = dict.fromkeys(self.owned, order.version), order.step
             self._prepared = {}

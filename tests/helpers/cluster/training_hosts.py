@@ -12,7 +12,7 @@ from moesaic.cluster.placement import HostEntry
 from moesaic.cluster.training.contributions import Attempt, Part
 from moesaic.cluster.training.orders import Answer, Order
 from moesaic.proto.errors import HostLost, MoesaicError, NoAnswer, NotHere
-from tests.helpers.cluster.training_host import TrainingHost
+from tests.helpers.cluster.training_host import TrainingHost, Violation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +30,6 @@ class Faults:
     pool_changes: float = 0.15  # between two actions of the user: hosts come, leave, are drained
     one_at_a_time: bool = False  # no host is lost until what another one owned has owners again
     idle_only: bool = False  # only hosts that own nothing are lost
-
-
-@dataclass
-class Violation(Exception):
-    """An invariant does not hold."""
-
-    invariant: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.invariant}: {self.message}"
 
 
 class Interrupted(Exception):
@@ -70,6 +59,7 @@ class TrainingHosts:
         self.places: dict[str, Place] = {}
         self.happened: Counter[str] = Counter()
         self.excused: set[str] = set()  # hosts whose state may be lost
+        self._commits: dict[int, Attempt] = {}
         self._named = 0
         self._incarnations: Counter[str] = Counter()
 
@@ -93,7 +83,7 @@ class TrainingHosts:
             shm_address="",
             grpc_address=f"{name}#{self._incarnations[name]}",
         )
-        return TrainingHost(entry, self.reach)
+        return TrainingHost(entry, self.reach, self._commits)
 
     def join(self) -> str:
         name = f"h{self._named}"

@@ -131,6 +131,29 @@ def a_successor_finds_less_than_is_served() -> TrainingWorld:
     return world
 
 
+def a_host_that_has_committed_is_lost_with_the_run() -> TrainingWorld:
+    """Nobody who is left has the version that it may go on serving to somebody."""
+    world = TrainingWorld(0, hosts=2, redundancy=1)
+    committed: list[str] = []
+
+    def gate(name: str, order: Order) -> None:
+        if isinstance(order, Commit):
+            if committed:
+                raise Killed
+            committed.append(name)
+
+    world.gate = gate
+    with pytest.raises(Killed):
+        world.attempt()
+    world.gate = lambda name, order: None
+    world.hosts.lose(committed[0])
+    world.hosts.join()
+    succeed(world)
+    assert world.steps.step == 0
+    world.calm_down()
+    return world
+
+
 SCENARIOS: dict[str, Callable[[], TrainingWorld]] = {
     made.__name__.replace("_", " "): made
     for made in (
@@ -138,10 +161,11 @@ SCENARIOS: dict[str, Callable[[], TrainingWorld]] = {
         a_successor_finds_half_an_owner,
         a_run_that_is_killed_before_replicas_are_renewed,
         a_successor_finds_less_than_is_served,
+        a_host_that_has_committed_is_lost_with_the_run,
     )
 }
 HEIRS, WILD, POOR = WORLDS
-NOT_FORGOTTEN, HALF, KILLED, BEHIND = SCENARIOS
+NOT_FORGOTTEN, HALF, KILLED, BEHIND, COMMITTED = SCENARIOS
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -168,7 +192,11 @@ BUGS = {
         "only a loss breaks a run",
     ),
     "the next version has the number of the last": Bug(
-        "succeed", "max(self._next_version, version + 1)", "version", HEIRS, "versions are whole"
+        "succeed",
+        "max(self._next_version, version + 1)",
+        "version",
+        HEIRS,
+        "a number names one commit",
     ),
     "what is older than what is served counts": Bug(
         "owners",
@@ -188,6 +216,13 @@ BUGS = {
     ),
     "a successor leaves an old state to a host": Bug(
         "succeed", "there.left()", "{}", NOT_FORGOTTEN, "owners are equal"
+    ),
+    "a step that is begun anew has the number of the one before": Bug(
+        "succeed",
+        "self._next_version, self._next_version + 1",
+        "self._next_version, self._next_version",
+        COMMITTED,
+        "a number names one commit",
     ),
     "a successor does not renew replicas": Bug(
         "succeed", "yield hosts.renewals(version)", "yield {}", KILLED, "replicas are renewed"

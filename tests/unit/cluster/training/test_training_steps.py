@@ -385,7 +385,7 @@ BUGS = {
         "commit", "if gone:", "if False:", IDLE, SAFE
     ),
     "a run goes on after an interrupted commit": Bug(
-        "commit", "self.broken = (\n", "why_not = (\n", WILD, EQUAL
+        "commit", "self.broken = (\n", "why_not = (\n", WILD, "a number names one commit"
     ),
     "a run goes on without the state of a key": Bug(
         "_leave", "if lost := ownerless(owners):", "if lost := []:", NONE, "keys have owners"
