@@ -14,7 +14,7 @@ import pytest
 from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.proto.errors import ClusterError
 from tests.helpers.cluster.steps_world import TrainingWorld
-from tests.helpers.cluster.training_hosts import Violation
+from tests.helpers.cluster.training_host import Violation
 
 STEPS, ATTEMPTS = 6, 60
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moesaic.cluster.expert_keys import SHARED, is_shared
-from tests.helpers.cluster.training_hosts import Violation
+from tests.helpers.cluster.training_host import Violation
 
 if TYPE_CHECKING:
     from tests.helpers.cluster.steps_world import TrainingWorld

@@ -50,13 +50,12 @@ from moesaic.proto.errors import (
 )
 from tests.helpers.cluster.steps_invariants import check_broken, check_owners, check_settled
 from tests.helpers.cluster.successions import Zombie, let_zombies_act, may_die, succeed
-from tests.helpers.cluster.training_host import Owned, first_weights
+from tests.helpers.cluster.training_host import Owned, Violation, first_weights
 from tests.helpers.cluster.training_hosts import (
     Faults,
     Interrupted,
     Killed,
     TrainingHosts,
-    Violation,
     answer_of,
 )
 

@@ -11,7 +11,8 @@ from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.versions import WeightVersions
 from moesaic.proto.errors import ClusterError, HostLost, MoesaicError, Superseded
 from tests.helpers.cluster.steps_invariants import check_broken
-from tests.helpers.cluster.training_hosts import Killed, Violation, answer_of
+from tests.helpers.cluster.training_host import Violation
+from tests.helpers.cluster.training_hosts import Killed, answer_of
 
 if TYPE_CHECKING:
     from tests.helpers.cluster.steps_world import TrainingWorld

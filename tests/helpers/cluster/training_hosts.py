@@ -12,7 +12,7 @@ from moesaic.cluster.placement import HostEntry
 from moesaic.cluster.training.contributions import Attempt, Part
 from moesaic.cluster.training.orders import Answer, Order
 from moesaic.proto.errors import HostLost, MoesaicError, NoAnswer, NotHere
-from tests.helpers.cluster.training_host import TrainingHost, Violation
+from tests.helpers.cluster.training_host import TrainingHost
 
 
 @dataclass(frozen=True, kw_only=True)

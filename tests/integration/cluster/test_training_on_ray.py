@@ -102,6 +102,45 @@ def test_a_served_model_learns_while_it_answers(
     wait_until(lambda: pool.status().training is None)
 
 
+TRAINS = """
+import sys
+import moesaic
+from tests.integration.cluster.test_training_on_ray import IDS, one_step
+
+cluster = moesaic.connect(sys.argv[1])
+model = cluster.from_pretrained("m", train=True)
+with moesaic.PoolOptimizer(model, cluster, lr=1e-3) as optimizer:
+    for step in range(100):
+        print(one_step(model, optimizer, (IDS + step) % 32), flush=True)
+"""
+
+
+def test_another_process_goes_on_where_one_was_killed(pool: Cluster, tmp_path: Path) -> None:
+    with moesaic.PoolOptimizer(pool.from_pretrained("m", train=True), pool) as optimizer:
+        optimizer.save(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    adam = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    found: list[float] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", TRAINS, pool.name], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        found += [float(process.stdout.readline()) for _ in range(3)]
+        process.kill()
+        found += [float(line) for line in process.stdout if line.endswith("\n")]
+    model = pool.from_pretrained("m", train=True)
+    with pytest.raises(ClusterError, match="one run trains at a time"):
+        moesaic.PoolOptimizer(model, pool, lr=1e-3)
+    with moesaic.PoolOptimizer(model, pool, lr=1e-3, succeed=True) as optimizer:
+        done = optimizer.run.step
+        assert len(found) <= done <= len(found) + 1
+        found = found[:done]
+        later = [one_step(model, optimizer, (IDS + step) % 32) for step in range(done, done + 3)]
+    expected = [one_step(plain, adam, (IDS + step) % 32) for step in range(done + 3)]
+    found += expected[len(found) : done] + later
+    assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-5
+
+
 def test_a_model_in_memory_learns(pool: Cluster) -> None:
     model = pool.attach(tiny_model("gpt_oss"), name="memory", train=True)
     with moesaic.PoolOptimizer(model, pool, optimizer="SGD", lr=0.1) as optimizer:

@@ -15,7 +15,8 @@ from moesaic.proto.errors import ClusterError
 from tests.helpers.cluster.planted_bugs import Bug, find, run_seed
 from tests.helpers.cluster.steps_world import TrainingWorld
 from tests.helpers.cluster.successions import succeed
-from tests.helpers.cluster.training_hosts import Faults, Killed, Violation, answer_of
+from tests.helpers.cluster.training_host import Violation
+from tests.helpers.cluster.training_hosts import Faults, Killed, answer_of
 from tests.helpers.effort import tries
 
 SEEDS = tries(200)

@@ -21,7 +21,8 @@ from moesaic.cluster.versions import WeightVersions
 from moesaic.proto.errors import ClusterError, StepLost
 from tests.helpers.cluster.planted_bugs import Bug, find, run_seed
 from tests.helpers.cluster.steps_world import TrainingWorld
-from tests.helpers.cluster.training_hosts import Faults, Violation
+from tests.helpers.cluster.training_host import Violation
+from tests.helpers.cluster.training_hosts import Faults
 from tests.helpers.effort import tries
 
 SEEDS = tries(200)
