@@ -145,7 +145,7 @@ def measure(case: Case, steps: int) -> list[HostFound]:
                     for name, pid in pids.items():
                         rests[name] = max(rests[name], resident_bytes(pid) - borrowed_bytes(pid))
                 run: Any = optimizer.run
-                planned: Mapping[str, HostMemory] = run.planned_memory(
+                planned: Mapping[str, HostMemory] = run.lead.planned_memory(
                     lent=case.lending == "always"
                 )
     return [

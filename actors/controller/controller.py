@@ -32,7 +32,7 @@ from ...cluster.reports.scaling import ScalingReport
 from ...cluster.reports.status import ClusterStatus
 from ...cluster.reports.updates import WeightUpdateReport
 from ...cluster.spec.deployment import Deployment
-from ...cluster.training.runs import BegunTraining, TrainingNews
+from ...cluster.training.runs import BegunTraining, NewsRequest, TrainingNews
 from ...proto.errors import ClusterError, describe_error
 from ..host.report import HostReport
 from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert, grant_all
@@ -295,8 +295,8 @@ class Controller:
     async def begin_training(self, model: str, who: str, succeed: bool = False) -> BegunTraining:
         return await self._training.begin(model, who, succeed)
 
-    async def training_news(self, run: int, skip: int | None = None) -> TrainingNews:
-        return self._training.news(run, skip)
+    async def training_news(self, asked: NewsRequest) -> TrainingNews:
+        return self._training.news(asked)
 
     async def publish_training(self, run: int, version: int, timeout_s: float) -> PlacementId:
         return await self._training.publish(run, version, timeout_s)

@@ -15,6 +15,7 @@ from ...cluster.training.runs import (
     RUN_LEASE_S,
     BegunTraining,
     LivingRun,
+    NewsRequest,
     Publication,
     TrainingNews,
 )
@@ -105,15 +106,12 @@ class Training:
             lease_s=RUN_LEASE_S,
         )
 
-    def news(self, run: int, skip: int | None = None) -> TrainingNews:
-        """Renew a run's lease, and return what it has to know of the pool.
-
-        ``skip`` is a version that is never to be served.
-        """
+    def news(self, asked: NewsRequest) -> TrainingNews:
+        """Renew a run's lease, and return what it has to know of the pool."""
         control = self._control
-        alive = control.training.renew(run, self._clock())
-        if skip is not None:
-            control.training.skip(run, skip)
+        alive = control.training.renew(asked.run, self._clock())
+        if asked.skip is not None:
+            control.training.skip(asked.run, asked.skip)
             self._keep()
         view = control.view
         entries = view.entries()
@@ -127,7 +125,13 @@ class Training:
         old = control.training.old_versions() | going
         if old:
             self._hurry()  # routers may have acknowledged the next one by now
+        placement = control.placement
+        if placement is not None and placement.id == asked.knows:
+            placement = None
+        layers = {} if placement is None else placement.layers
         return TrainingNews(
+            placed=None if placement is None else placement.id,
+            layers={key: layer for key, layer in layers.items() if key.model == alive.model},
             entries=entries,
             domains={host: view.hosts[host].domain or host for host in entries},
             leaving=control.leaving & entries.keys(),

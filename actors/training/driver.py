@@ -5,15 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+from ...cluster.placement import PlacementId
 from ...cluster.training.orders import Answers, Exchange, Order
 from ...cluster.training.run_plan import PoolNow
 from ...cluster.training.steps import TrainingSteps
-from ...proto.errors import ClusterError, MoesaicError, StepLost, Superseded, describe_error
+from ...proto.errors import (
+    BadInput,
+    ClusterError,
+    MoesaicError,
+    StepLost,
+    Superseded,
+    describe_error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +51,8 @@ class TrainingPool(Protocol):
         """Send orders to hosts, all at once; one that does not answer in time gets NoAnswer."""
         ...
 
-    def publish(self, version: int, timeout_s: float) -> None:
-        """Let the pool serve a version that all hosts have; the trunk's router follows it.
+    def publish(self, version: int, timeout_s: float) -> PlacementId:
+        """Let the pool serve a version that all hosts have; return a placement that names it.
 
         Raises ClusterError.
         """
@@ -61,12 +69,19 @@ class RunDriver:
     ``lock`` is held during each exchange, as the thread has some of its own.
     """
 
-    def __init__(self, pool: TrainingPool, steps: TrainingSteps) -> None:
-        """``start`` starts the thread, and ``end`` ends it and the run."""
+    def __init__(
+        self, pool: TrainingPool, steps: TrainingSteps, beside: Callable[[], None] = lambda: None
+    ) -> None:
+        """``start`` starts the thread, and ``end`` ends it and the run.
+
+        The thread calls ``beside`` again and again.
+        """
         self.lock = threading.Lock()
         self.over: MoesaicError | None = None  # why the run takes no more orders
         self.pool = pool
         self.steps = steps
+        self.follows = False  # whether owners follow hosts: they have begun
+        self._beside = beside
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="training-run", daemon=True)
 
@@ -129,7 +144,8 @@ class RunDriver:
             raise
         except BaseException as error:
             lost = self.steps.lose(describe_error(error))
-            if isinstance(error, MoesaicError) and not self.steps.broken:
+            ours = isinstance(error, MoesaicError) and not isinstance(error, BadInput)
+            if ours and not self.steps.broken:
                 raise lost from error
             raise
 
@@ -137,6 +153,7 @@ class RunDriver:
         """Renew the lease, and let owners follow hosts while no step does so."""
         while not self._stop.wait(LOOK_S):
             try:
+                self._beside()
                 self.look()
             except Superseded as error:
                 self.over = error
@@ -149,9 +166,10 @@ class RunDriver:
         if not self.lock.acquire(blocking=False):
             return
         try:
-            if not (self.steps.is_reducing or self.steps.broken or self._stop.is_set()):
-                for host, error in self.exchange(self.steps.follow(now)).items():
-                    log.warning("run %d: %s: %s", self.steps.plan.run, host, error)
+            steps = self.steps
+            if self.follows and not (steps.owners_stay or steps.broken or self._stop.is_set()):
+                for host, error in self.exchange(steps.follow(now)).items():
+                    log.warning("run %d: %s: %s", steps.plan.run, host, error)
         finally:
             self.lock.release()
 

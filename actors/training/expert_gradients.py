@@ -95,15 +95,19 @@ class ExpertGradients:
         """Return all other layers whose experts are trained."""
         return frozenset(self._of_layer.keys() - layers)
 
-    def squares(self, layers: Iterable[int]) -> dict[str, tuple[float, float]]:
-        """Return (sum of squares, factor) of each gradient of these layers, by parameter.
+    def squares(self, factors: Mapping[int, float]) -> dict[str, tuple[float, float]]:
+        """Return (sum of squares, factor) of each gradient that some worker has, by parameter.
 
-        The sum is that before the multiplication. It ends the collection of gradients.
+        The sum is that before the multiplication by `factors` of its group. It ends the collection
+        of gradients.
         """
         squares = self._squares()
         return {
-            one.target: (squares[one.layer, one.name], _factor(one))
-            for layer in sorted(layers)
+            one.target: (
+                squares[one.layer, one.name],
+                factors.get(self._group_of[layer][one.name], 1.0),
+            )
+            for layer in sorted({layer for layer, _ in squares})
             for one in self._of_layer[layer]
         }
 

@@ -91,6 +91,11 @@ class Learning:
         self._attempt, self._why = None, why
 
     @property
+    def is_open(self) -> bool:
+        """Whether forward passes can be learned from."""
+        return self._attempt is not None
+
+    @property
     def layers(self) -> frozenset[int]:
         """The layers whose gradients were added up in the attempt under way, or the last one."""
         return frozenset(self._layers)

@@ -19,10 +19,10 @@ from ...models.training.groups import TrainedTensors
 from ...models.training.trunk_blocks import trunk_blocks
 from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes, shared_shapes
 from ...proto.wire import wide
-from ..router.router import Router
 from ..runtime.ray_border import controller_of, ray_get
 from ..store.cluster_secret import secret_of
 from ..transport.bulk.links import BulkLinks
+from .coordinator import Coordinator
 from .ray_pool import RayTrainingPool
 from .run import LearningTrunk, PoolRun
 
@@ -36,7 +36,6 @@ def open_run(
     namespace: str,
     model: str,
     trunk: LearningTrunk,
-    router: Router,
     layers: Iterable[ExpertsLayer],
     trained: TrainedTensors,
     rule: UpdateRule,
@@ -53,7 +52,7 @@ def open_run(
     who = getpass.getuser()
     asked = controller_of(namespace).begin_training.remote(model, who, succeed)
     begun = ray_get(asked, _BEGIN_S, f"beginning to train {model}")
-    pool = RayTrainingPool(namespace, begun.run, model, router)
+    pool = RayTrainingPool(namespace, begun.run, model)
     links = BulkLinks(ray.get_runtime_context().get_node_id(), secret_of(namespace))
     try:
         plan = plan_run(
@@ -75,7 +74,7 @@ def open_run(
         raise
     for host, memory in sorted(steps.planned_memory().items()):
         log.info("run %d: %s is planned to need %s", begun.run, host, memory)
-    return PoolRun(pool, links, trunk, steps, since=begun.since)
+    return PoolRun(Coordinator(pool, steps, since=begun.since), links, trunk)
 
 
 def plan_run(

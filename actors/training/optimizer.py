@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from ...cluster.training.clipping import clip_coefficient
 from ...cluster.training.orders import GroupUpdate
-from ...kernels.backward.accumulators import sum_of_squares
 from ...kernels.training.update_rules import UpdateRule
 from ...models.training.groups import (
     TrainedTensors,
@@ -149,12 +148,16 @@ class RunOptimizer(torch.optim.Optimizer):
     # --- what trainers call -----------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0
+    ) -> Any:
         """Apply the gradients, and drop them; return what ``closure`` returns.
 
         Layers whose stand-ins have no gradient are not updated, nor are parameters without one.
-        Without any gradient it does nothing. Raises BadExpert, StepLost and BadInput, which change
-        no weights.
+        Without any gradient it does nothing. With several workers all of them call it; what is
+        applied is the sum of their gradients, divided by the sum of their weights. So the default
+        is their mean, and losses that are sums over tokens want the number of these tokens. Raises
+        BadExpert, StepLost and BadInput, which change no weights.
         """
         loss = None
         if closure is not None:
@@ -163,24 +166,26 @@ class RunOptimizer(torch.optim.Optimizer):
         run = self.run
         self._check_unchanged()
         layers, trunk = self._experts.layers(), self._trunk_gradients()
-        if not layers and not trunk:
+        if run.workers == 1 and not layers and not trunk:
             self._experts.drop()
             return loss
-        factors = self._experts.factors(layers)
-        experts = self._experts.squares(layers)
-        squares = {name: sum_of_squares(one) for name, one in trunk.items()}
-        if bad := self._names_not_finite(experts, squares):
-            return self._not_applied(bad, loss)
-        squares |= {name: square * factor**2 for name, (square, factor) in experts.items()}
-        norm, coefficient, _ = clip_coefficient({"": squares}, self.max_grad_norm)
-        updates: dict[int, GroupUpdate] = {}
-        for index, group in enumerate(self.param_groups):
-            settings = self.rule.values(self._settings(group))
-            own = expert_group(index)
-            updates[own] = GroupUpdate(factors.get(own, 1.0) * coefficient, settings)
-            updates[trunk_group(index)] = GroupUpdate(coefficient, settings)
         try:
-            run.commit(updates, trunk, self._experts.without(layers))
+            factors = self._experts.factors(layers)
+            experts = self._experts.squares(factors)
+            sums = run.give_trunk(trunk, weight)
+            if not (experts or sums.squares):
+                self._experts.drop()
+                return loss
+            if bad := self._names_not_finite(experts, sums.squares):
+                return self._not_applied(bad, loss)
+            squares = {name: square / sums.weight**2 for name, square in sums.squares.items()}
+            squares |= {
+                name: square * (factor / sums.weight) ** 2
+                for name, (square, factor) in experts.items()
+            }
+            norm, clip, _ = clip_coefficient({"": squares}, self.max_grad_norm)
+            updates = self._updates(factors, clip / sums.weight) if layers or trunk else None
+            run.commit(updates, self._experts.without(layers))
         except StepLost:
             self._clear()
             raise
@@ -188,6 +193,15 @@ class RunOptimizer(torch.optim.Optimizer):
         self.grad_norm = norm
         self._clear()
         return loss
+
+    def _updates(self, factors: Mapping[int, float], coefficient: float) -> dict[int, GroupUpdate]:
+        updates: dict[int, GroupUpdate] = {}
+        for index, group in enumerate(self.param_groups):
+            settings = self.rule.values(self._settings(group))
+            own = expert_group(index)
+            updates[own] = GroupUpdate(factors.get(own, 1.0) * coefficient, settings)
+            updates[trunk_group(index)] = GroupUpdate(coefficient, settings)
+        return updates
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, also what hosts have added up."""

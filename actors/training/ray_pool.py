@@ -9,9 +9,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from ...cluster.expert_keys import ExpertKey
+from ...cluster.expert_keys import ExpertKey, LayerKey
+from ...cluster.placement import LayerPlacement, PlacementId
 from ...cluster.training.orders import Answer, Order
 from ...cluster.training.run_plan import PoolNow
+from ...cluster.training.runs import NewsRequest, TrainingNews
 from ...proto.errors import (
     HostLost,
     InternalError,
@@ -19,7 +21,6 @@ from ...proto.errors import (
     NoAnswer,
     describe_error,
 )
-from ..router.router import Router
 from ..runtime.ray_border import controller_of, last_line, ray_get
 
 # For a question that the controller answers from what it knows.
@@ -29,23 +30,26 @@ ASK_S = 10.0
 class RayTrainingPool:
     """A `TrainingPool`: the controller's and the hosts' actors."""
 
-    def __init__(self, namespace: str, run: int, model: str, router: Router) -> None:
-        """``router`` is the trunk's; it follows the controller's placements of ``model``."""
+    def __init__(self, namespace: str, run: int, model: str) -> None:
         self._namespace = namespace
         self._run = run
         self._model = model
-        self._router = router
+        self._placed: PlacementId | None = None
+        self._holders: Mapping[ExpertKey, tuple[str, ...]] = {}
 
     def now(self, skip: int | None = None) -> PoolNow:
-        news = ray_get(
-            controller_of(self._namespace).training_news.remote(self._run, skip),
+        asks = NewsRequest(self._run, skip, self._placed)
+        news: TrainingNews = ray_get(
+            controller_of(self._namespace).training_news.remote(asks),
             ASK_S,
             "looking at the pool's hosts",
         )
+        if news.placed is not None:
+            self._placed, self._holders = news.placed, _holders(news.layers)
         return PoolNow(
             entries=news.entries,
             domains=news.domains,
-            holders=_holders(self._router, self._model),
+            holders=self._holders,
             leaving=news.leaving,
             old_versions=news.old_versions,
         )
@@ -57,14 +61,12 @@ class RayTrainingPool:
         asked = {host: self._ask(host, order) for host, order in orders.items()}
         return {host: self._answer(host, one, until) for host, one in asked.items()}
 
-    def publish(self, version: int, timeout_s: float) -> None:
-        until = time.monotonic() + timeout_s
-        placed = ray_get(
+    def publish(self, version: int, timeout_s: float) -> PlacementId:
+        return ray_get(
             controller_of(self._namespace).publish_training.remote(self._run, version, timeout_s),
             timeout_s + ASK_S,
             f"serving version {version} of {self._model}",
         )
-        self._router.wait_placed(placed, max(until - time.monotonic(), ASK_S))
 
     def end(self) -> None:
         controller = controller_of(self._namespace)
@@ -94,11 +96,9 @@ class RayTrainingPool:
             return HostLost(f"{host}: {last_line(error)}")
 
 
-def _holders(router: Router, model: str) -> dict[ExpertKey, tuple[str, ...]]:
-    placement = router.placement
+def _holders(layers: Mapping[LayerKey, LayerPlacement]) -> dict[ExpertKey, tuple[str, ...]]:
     return {
         key.expert(expert): layer.hosts(expert)
-        for key, layer in (placement.layers.items() if placement is not None else ())
-        if key.model == model
+        for key, layer in layers.items()
         for expert in range(len(layer.replicas))
     }

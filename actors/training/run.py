@@ -1,15 +1,16 @@
-"""A training run in the process of a trunk: it carries out what `TrainingSteps` decides.
+"""A training run in the process of a trunk: one of its workers.
 
 The trunk's parameters are dealt into blocks, which hosts own like experts. In a step this process
-sends their gradients to the owners and takes the new weights from there, so it keeps no state.
+sends their gradients to the owners and takes the new weights from there, so it keeps no state. What
+is to be decided, a `Coordination` decides.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,19 +22,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...cluster.expert_keys import TRUNK, ExpertKey
-from ...cluster.training.host_memory import HostMemory
-from ...cluster.training.orders import BulkKey, GroupUpdate, RunId
-from ...cluster.training.steps import Squares, TrainingSteps
+from ...cluster.placement import HostEntry
+from ...cluster.training.orders import BulkKey, GroupUpdate
+from ...cluster.training.workers import Stand, Worker
+from ...cluster.versions import WeightVersions
 from ...models.export.plan import plan_export
 from ...models.export.training_checkpoint import read_checkpoint
 from ...proto.errors import (
+    BadInput,
     CallError,
     ClusterError,
     MoesaicError,
+    StepLost,
     describe_error,
 )
 from ..transport.bulk.links import BulkLinks
-from .driver import PUBLISH_S, RunDriver, TrainingPool, finish
+from .coordination import Coordination, ExpertSums, TrunkSums, Where
+from .driver import PUBLISH_S, finish
 from .giving import GivenGradients
 from .learning import Learning
 from .saving import LoadedRun, SavedRun, shard_bytes
@@ -50,32 +55,30 @@ class LearningTrunk:
 
     model: PreTrainedModel
     learning: Learning
-    name: str  # of its router, and of the source of its gradients
+    name: str  # of its router
 
 
 class PoolRun:
-    """A run with one trunk, in whose process it is."""
+    """A run as one of its workers has it, with the worker's trunk."""
 
     def __init__(
         self,
-        pool: TrainingPool,
+        lead: Coordination,
         links: BulkLinks,
         trunk: LearningTrunk,
-        steps: TrainingSteps,
         *,
-        since: RunId | None = None,
+        name: str | None = None,
     ) -> None:
-        """Begin the run, with the weights that are served and those of the trunk.
+        """Take part in the run; the trunk gets its weights, unless it is the first that gives them.
 
-        With ``since`` it goes on with what this run began, in the place of a process that is gone:
-        the trunk gets the weights of the last commit. ``close`` ends it, and closes ``links``.
-        Raises ClusterError.
+        ``lead`` decides for it. ``name`` is that of this worker (None: the trunk's). ``close`` ends
+        this worker's part, and closes ``links``. Raises ClusterError.
         """
-        self._pool = pool
+        self._lead = lead
         self._links = links
         self._trunk = trunk
-        self._steps = steps
-        self._plan = plan = steps.plan
+        self._worker = Worker(name or trunk.name, secrets.randbits(63))
+        self._plan = plan = lead.plan
         self._parameters = dict(trunk.model.named_parameters())
         self._blocks = {
             key: tuple(one.groups) for key, one in plan.tensors.items() if key.layer == TRUNK
@@ -88,140 +91,135 @@ class PoolRun:
             read=self._reading,
         )
         self._saving: Future[None] | None = None
-        self._served = steps.versions
-        self._without: frozenset[int] | None = None  # layers; None: nothing is summed up yet
-        self._squares: Squares = {}
+        self._stand: Stand | None = None
+        self._has: WeightVersions | None = None  # the weights of the trunk
+        self._where: Where | None = None  # as it was when an attempt or a checkpoint needed it
+        self._sums: ExpertSums | None = None  # None: nothing is summed up yet
+        self._learned: frozenset[int] = frozenset()  # layers, when it was
+        self._given_trunk = False
+        self._lost = ""  # why the attempt is over for this worker
+        self._closed = False
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="bulk")
-        self._given = GivenGradients(plan, trunk.name, links, self._threads)
+        self._given = GivenGradients(plan, self._worker.name, links, self._threads)
         trunk.learning.use(self._given.memory)
-        self._driver = RunDriver(pool, steps)
         try:
-            if since is None:
-                self._driver.exchange(self._steps.open())
+            self._where = lead.enter(self._worker)
+            if self._where is not None:
                 self._each(self._blocks, self._put_weights)
-                self._driver.exchange(self._steps.own())
-                self._begun()
-            else:
-                self._driver.exchange(self._steps.succeed(since))
-                self._go_on()
-            self._driver.start()
+                lead.own(self._worker)
+            self._begin(lead.again(self._worker), has=self._where is not None)
             # Before Ray ends with the process: a thread that asks Ray then would crash it.
             atexit.register(self.close)
-        except BaseException as error:
-            if since is not None:
-                # Hosts keep what they have for whoever tries next.
-                self._driver.over = ClusterError(
-                    f"run {plan.run} has not begun: {describe_error(error)}"
-                )
+        except BaseException:
             self.close()
             raise
 
     # ---- what an optimizer asks -----------------------------------------------------------------
 
     @property
+    def lead(self) -> Coordination:
+        return self._lead
+
+    @property
     def run(self) -> int:
-        return self._plan.run
+        return self._now.attempt.run
 
     @property
     def is_over(self) -> bool:
-        """Whether the run was closed, or a newer one has taken its place."""
-        return self._driver.over is not None
+        """Whether this worker has left, or the run takes no more orders."""
+        return self._closed or self._lead.is_over
 
     @property
     def is_broken(self) -> bool:
         """Whether it goes on from a checkpoint alone."""
-        return bool(self._steps.broken)
+        return self._lead.is_broken
 
     @property
     def step(self) -> int:
         """The number of steps that were committed."""
-        return self._steps.step
+        return self._now.step
+
+    @property
+    def number(self) -> int:
+        """Which of the workers this is, from 0 on, in the attempt under way."""
+        return self._now.number
+
+    @property
+    def workers(self) -> int:
+        """How many take part in the attempt under way."""
+        return self._now.workers
 
     @property
     def has_gradients(self) -> bool:
-        """Whether gradients were added up since the last step, or since they were dropped."""
-        return bool(self._trunk.learning.layers) or self._without is not None
+        """Whether `drop` has something to do: gradients are there, or the attempt is over."""
+        learning = self._trunk.learning
+        return bool(learning.layers) or self._sums is not None or not learning.is_open
 
-    def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
-        """Return what each host takes for the run; ``lent``: this process computes all calls."""
-        with self._driver.lock:
-            return self._steps.planned_memory(lent=lent)
-
-    def squares(self) -> dict[tuple[int, str], float]:
+    def squares(self) -> Mapping[tuple[int, str], float]:
         """Return the sum of squares of the experts' gradients, by layer and name in the pool.
 
         From now on no forward pass is learned from until `commit` or `drop`. Raises StepLost.
         """
-        with self._driver.lock:
-            self._driver.check()
-            self._reduce_experts()
-            found: dict[tuple[int, str], list[float]] = {}
-            for key, named in self._squares.items():
-                for name, square in named.items():
-                    found.setdefault((key.layer, name), []).append(square)
-        return {where: math.fsum(squares) for where, squares in found.items()}
+        return self._reduced().squares
 
     def not_finite(self) -> tuple[str, ...]:
         """Return a name for each expert's gradient that `squares` has found not to be finite."""
-        return tuple(
-            f"{name} of {key}"
-            for key, named in self._squares.items()
-            for name, square in named.items()
-            if not math.isfinite(square)
-        )
+        return self._reduced().not_finite
 
     def listen(self, learned: Callable[[int], None]) -> None:
         """Call ``learned(layer)`` whenever gradients of a layer's call were added up."""
         self._trunk.learning.learned = learned
 
+    def give_trunk(self, trunk: Mapping[str, Tensor], weight: float = 1.0) -> TrunkSums:
+        """Give the trunk's gradients, by the parameters' names, to their owners.
+
+        Return what those of all workers are together. Parameters without a gradient keep their
+        weights. Raises StepLost.
+        """
+        self._reduced()
+        given = {
+            key: {name: trunk[name] for name in names if name in trunk}
+            for key, names in self._blocks.items()
+        }
+        given = {key: gradients for key, gradients in given.items() if gradients}
+        attempt = self._now.attempt
+        with self._attempt():
+            finish(self._give(given))
+            found = self._lead.reduce_trunk(self._worker, attempt, frozenset(given), weight)
+        self._given_trunk = True
+        return found
+
     def commit(
-        self,
-        groups: Mapping[int, GroupUpdate],
-        trunk: Mapping[str, Tensor],
-        skipped: frozenset[int] = frozenset(),
+        self, groups: Mapping[int, GroupUpdate] | None, skipped: frozenset[int] = frozenset()
     ) -> None:
         """Apply the gradients; afterwards the pool serves the new weights and the trunk has them.
 
-        ``trunk`` has its gradients by the parameters' names; others keep their weights, as do the
-        experts of layers ``skipped``. Raises StepLost, with all as it was, and ClusterError if the
-        step was applied and the pool does not serve it yet.
+        None: as the other workers want it. Experts of layers ``skipped`` keep their weights. Raises
+        StepLost, with all as it was, and ClusterError if the step was applied and the pool does not
+        serve it yet.
         """
-        with self._driver.lock:
-            self._driver.check()
-            self._reduce_experts()
-            assert self._without is not None
-            if late := skipped - self._without:
-                raise CallError(
-                    f"layers {sorted(late)}: their gradients are in the norm already, and cannot "
-                    "be left out of the step; set them to None before the norm is taken"
-                )
-            with self._driver.attempt():
-                room = self._threads.submit(self._driver.await_room)
-                given = {
-                    key: {name: trunk[name] for name in names if name in trunk}
-                    for key, names in self._blocks.items()
-                }
-                given = {key: gradients for key, gradients in given.items() if gradients}
-                finish(self._give(given))
-                self._driver.exchange(self._steps.reduce_trunk(list(given), self._trunk.name))
-                self._await_saving()
-                room.result()
-                self._driver.exchange(self._steps.commit(groups))
-            self._settle()
+        if late := skipped & self._learned:
+            raise CallError(
+                f"layers {sorted(late)}: their gradients are in the norm already, and cannot "
+                "be left out of the step; set them to None before the norm is taken"
+            )
+        assert self._given_trunk, "the trunk comes first"
+        with self._attempt():
+            self._await_saving()
+            stand = self._lead.commit(self._worker, self._now.attempt, groups)
+        self._begin(stand)
 
     def drop(self) -> None:
         """Forget the gradients that were added up; the next attempt begins.
 
         Raises ClusterError if the run cannot go on.
         """
-        with self._driver.lock:
-            self._driver.check()
-            self._trunk.learning.end("its gradients were dropped")
-            if self._served != self._steps.versions and not self._steps.broken:
-                self._settle()
-                return
-            self._driver.exchange(self._steps.again(self._pool.now()))
-            self._begun()
+        self._trunk.learning.end("its gradients were dropped")
+        self._begin(self._lead.again(self._worker))
+
+    def total(self, name: str, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of the workers' numbers; ``name`` is used once in an attempt."""
+        return self._lead.total(self._worker, self._now.attempt, name, numbers)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -234,46 +232,37 @@ class PoolRun:
         next step, whose commit waits for it; the result tells whether it was. Raises
         CheckpointError and UnsupportedModel.
         """
-        with self._driver.lock:
-            self._driver.check()
-            self._await_saving()
-            sizes = (
-                {} if max_shard_size is None else {"max_shard_bytes": shard_bytes(max_shard_size)}
-            )
-            # In this thread: transformers builds a model for it.
-            plan = plan_export(self._trunk.model, dtype=self._trunk.learning.dtype, **sizes)
-            about = {"run": self.run, "optimizer": self._plan.optimizer}
-            self._saving = self._threads.submit(
-                self._files.write, folder, plan, step=self.step, about=about
-            )
-            if wait:
-                self._saving.result()
-            return self._saving
+        self._await_saving()
+        sizes = {} if max_shard_size is None else {"max_shard_bytes": shard_bytes(max_shard_size)}
+        # In this thread: transformers builds a model for it.
+        plan = plan_export(self._trunk.model, dtype=self._trunk.learning.dtype, **sizes)
+        about = {"run": self.run, "optimizer": self._plan.optimizer}
+        self._where = self._lead.where(self._worker)
+        self._saving = self._threads.submit(
+            self._files.write, folder, plan, step=self.step, about=about
+        )
+        if wait:
+            self._saving.result()
+        return self._saving
 
     def restore(self, folder: Path) -> None:
         """Take everything from a folder of `save`: experts, owners' state, the trunk's parameters.
 
-        What was added up is forgotten. Raises CheckpointError, with the pool as it was, and
-        ClusterError.
+        All workers do. What was added up is forgotten. Raises CheckpointError, with the pool as it
+        was, and ClusterError.
         """
-        with self._driver.lock:
-            self._driver.check()
-            checkpoint = read_checkpoint(folder)
-            loaded = LoadedRun(checkpoint, self._files)
-            loaded.check_frozen()
-            self._await_saving()
-            self._trunk.learning.end("a checkpoint is taken over")
-            if self._steps.versions != self._served:
-                # A checkpoint was taken over in part; hosts have room when it is gone.
-                self._pool.now(skip=self._steps.versions.models[self._plan.model])
-                self._driver.await_room()
-            self._driver.exchange(self._steps.forget(self._pool.now()))
-            for key in self._plan.tensors:
-                given = BulkKey("state", key, run=self.run)
-                self._put(given, loaded.state(key))
-            self._driver.exchange(self._steps.take_over(checkpoint.step))
-            loaded.copy_frozen()
-            self._settle()
+        checkpoint = read_checkpoint(folder)
+        loaded = LoadedRun(checkpoint, self._files)
+        self._where = self._lead.where(self._worker)
+        loaded.check_frozen()
+        self._await_saving()
+        self._trunk.learning.end("a checkpoint is taken over")
+        self._where = self._lead.forget(self._worker)
+        for key in sorted(self._plan.tensors)[self.number :: self.workers]:
+            self._put(BulkKey("state", key, run=self.run), loaded.state(key))
+        stand = self._lead.take_over(self._worker, checkpoint.step)
+        loaded.copy_frozen()
+        self._begin(stand)
 
     def _await_saving(self) -> None:
         """Wait until a checkpoint that is being written has read what a commit would change."""
@@ -282,77 +271,93 @@ class PoolRun:
             log.error("a checkpoint could not be written: %s", describe_error(error))
 
     def close(self) -> None:
-        """End the run; hosts forget what they own for it, and keep the weights."""
+        """Take part no more; the last worker ends the run."""
         atexit.unregister(self.close)
-        self._driver.stop()
+        if self._closed:
+            return
+        self._closed = True
         self._trunk.learning.end("the training run was closed")
         self._await_saving()
         self._threads.shutdown(cancel_futures=True)
-        self._driver.end()
+        self._lead.leave(self._worker)
         self._links.close()
         self._trunk.learning.use(None)
         self._given.close()
 
     # ---- one step -------------------------------------------------------------------------------
 
-    def _reduce_experts(self) -> None:
-        if self._without is not None:
-            return
+    @property
+    def _now(self) -> Stand:
+        assert self._stand is not None, "no attempt has begun"
+        return self._stand
+
+    def _begin(self, stand: Stand, *, has: bool = False) -> None:
+        """Begin with an attempt; the trunk gets its weights, unless it ``has`` them."""
+        self._stand, self._where = stand, None
+        self._sums, self._given_trunk, self._lost = None, False, ""
         learning = self._trunk.learning
-        every = {key.layer for key in self._plan.tensors if key.layer != TRUNK}
-        without = frozenset(every - learning.layers)
+        if stand.placed is not None:
+            learning.router.wait_placed(stand.placed, PUBLISH_S)
+        if not has and stand.versions != self._has:
+            self._each(self._blocks, self._get_weights)
+        self._has = stand.versions
+        if not stand.lost and not self._given.may_be_overwritten(stand.members):
+            self._given.move()
+            learning.use(self._given.memory)
+        if stand.lost:
+            learning.end(f"{stand.lost}; call zero_grad() to try again")
+        else:
+            learning.begin(stand.attempt)
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Let any error end the attempt here, because gradients may be gone with it."""
+        if self._lost:
+            raise StepLost(self._lost)
+        try:
+            yield
+        except BaseException as error:
+            why = f"{self._now.attempt} is lost: {describe_error(error)}"
+            self._lost = f"{why}; the weights are those of the last step"
+            self._trunk.learning.end(f"{why}; call zero_grad() to try again")
+            ours = isinstance(error, MoesaicError) and not isinstance(error, StepLost | BadInput)
+            if ours and not self._lead.is_broken:
+                raise StepLost(self._lost) from error
+            raise
+
+    def _reduced(self) -> ExpertSums:
+        """Let the experts' gradients be summed up, once in an attempt."""
+        if self._sums is not None:
+            return self._sums
+        learning, attempt = self._trunk.learning, self._now.attempt
+        layers = learning.layers
         learning.end("the step's gradients are summed up; call step() or zero_grad() first")
-        with self._driver.attempt():
+        with self._attempt():
             tensors = self._plan.tensors
             own = {
                 key: gradients
                 for key, gradients in learning.take().items()
                 if key in tensors and tensors[key].groups
             }
-            put = {self._trunk.name: frozenset(own)}
-            giving = self._give(own)
-            reduction = self._steps.reduce_experts(without, put=put)
-            self._squares = self._driver.exchange(reduction, beside=giving)
-        self._without = without
-
-    def _settle(self) -> None:
-        """Serve what was committed, take the trunk's new weights, and begin the next attempt."""
-        steps = self._steps
-        self._pool.publish(steps.versions.models[self._plan.model], PUBLISH_S)
-        getting = self._start(self._blocks, self._get_weights)
-        self._driver.exchange(steps.begin(), beside=getting)
-        finish(getting)
-        self._served = steps.versions
-        self._begun()
-
-    def _go_on(self) -> None:
-        """Begin with what another process has committed."""
-        if self._served != self._steps.versions:
-            self._settle()  # it has not published it
-        else:
-            self._pool.now(skip=self._steps.skipped)
-            self._each(self._blocks, self._get_weights)
-            self._begun()
-
-    def _begun(self) -> None:
-        self._without, self._squares = None, {}
-        if not self._steps.lost and not self._given.may_be_overwritten(self._steps.members):
-            self._given.move()
-            self._trunk.learning.use(self._given.memory)
-        if lost := self._steps.lost:
-            self._trunk.learning.end(f"{lost}; call zero_grad() to try again")
-        else:
-            self._trunk.learning.begin(self._steps.attempt)
-
-    def _put_weights(self, key: ExpertKey) -> None:
-        given = BulkKey("weights", key, run=self.run)
-        self._put(given, {name: self._parameters[name].detach() for name in self._blocks[key]})
+            self._where = self._lead.where(self._worker, attempt)
+            finish(self._give(own))
+            found = self._lead.reduce_experts(self._worker, attempt, layers, frozenset(own))
+        self._learned, self._sums = layers, found
+        return found
 
     def _give(self, gradients: Mapping[ExpertKey, Mapping[str, Tensor]]) -> list[Future[None]]:
-        return self._given.give(self._steps.attempt, gradients, self._steps.owning)
+        return self._given.give(self._now.attempt, gradients, self._owning)
+
+    def _owning(self, key: ExpertKey) -> Sequence[HostEntry]:
+        assert self._where is not None
+        return self._where.owning[key]
+
+    def _put_weights(self, key: ExpertKey) -> None:
+        given = BulkKey("weights", key, run=self._plan.run)
+        self._put(given, {name: self._parameters[name].detach() for name in self._blocks[key]})
 
     def _put(self, given: BulkKey, tensors: Mapping[str, Tensor]) -> None:
-        for entry in self._steps.owning(given.key):
+        for entry in self._owning(given.key):
             self._links.put(entry, given, tensors, timeout_s=BULK_S)
 
     def _get_weights(self, key: ExpertKey) -> None:
@@ -365,25 +370,36 @@ class PoolRun:
         self, kind: Literal["weights", "state"], key: ExpertKey
     ) -> Iterator[Mapping[str, Tensor]]:
         """Return tensors of a key after the last commit, from the first host that answers."""
-        steps = self._steps
-        wanted = BulkKey(kind, key, version=steps.versions.of(key), run=self.run)
+        now = self._now
+        wanted = BulkKey(kind, key, version=now.versions.of(key), run=self.run)
         error: MoesaicError | None = None
-        for entry in steps.having(key) if kind == "weights" else steps.owning(key):
-            with ExitStack() as stack:
-                try:
-                    found = stack.enter_context(self._links.get(entry, wanted, timeout_s=BULK_S))
-                except MoesaicError as failure:
-                    error = failure
-                    continue
-                yield found
-                return
+        # Things move between two commits, while a checkpoint is written.
+        for again in (False, True):
+            for entry in self._having(kind, key, again=again):
+                with ExitStack() as stack:
+                    try:
+                        found = stack.enter_context(
+                            self._links.get(entry, wanted, timeout_s=BULK_S)
+                        )
+                    except MoesaicError as failure:
+                        error = failure
+                        continue
+                    yield found
+                    return
         raise ClusterError(f"{kind} of {key} cannot be read: {error}") from error
+
+    def _having(
+        self, kind: Literal["weights", "state"], key: ExpertKey, *, again: bool
+    ) -> Sequence[HostEntry]:
+        """Return the hosts that have tensors of a key; ``again``: as it is now."""
+        trunk = self._now.trunk.get(key) if kind == "weights" else None
+        if trunk is not None and not again:
+            return trunk
+        where = self._where
+        if where is None or again:
+            where = self._where = self._lead.where(self._worker)
+        return where.having[key] if kind == "weights" else where.owning[key]
 
     def _each(self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]) -> None:
         """Do something with keys side by side; raise the first error."""
-        finish(self._start(keys, act))
-
-    def _start(
-        self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]
-    ) -> list[Future[None]]:
-        return [self._threads.submit(act, key) for key in keys]
+        finish([self._threads.submit(act, key) for key in keys])

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ...cluster.training.orders import GroupUpdate
+from .coordination import TrunkSums
 
 
 class Saving(Protocol):
@@ -53,8 +54,22 @@ class TrainingRun(Protocol):
         ...
 
     @property
+    def number(self) -> int:
+        """Which of the run's workers this process is, from 0 on."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """How many take part."""
+        ...
+
+    @property
     def has_gradients(self) -> bool:
-        """Whether a backward call began since the last commit or `drop`, even one that failed."""
+        """Whether `drop` has something to do.
+
+        That is after a backward call began, even one that failed, until the commit, and where the
+        attempt is over.
+        """
         ...
 
     def listen(self, learned: Callable[[int], None]) -> None:
@@ -74,16 +89,19 @@ class TrainingRun(Protocol):
         """Return a name for each expert's gradient that `squares` has found not to be finite."""
         ...
 
-    def commit(
-        self,
-        groups: Mapping[int, GroupUpdate],
-        trunk: Mapping[str, Tensor],
-        skipped: frozenset[int],
-    ) -> None:
+    def give_trunk(self, trunk: Mapping[str, Tensor], weight: float) -> TrunkSums:
+        """Sum the trunk's gradients up over workers, after `squares`.
+
+        ``trunk`` has those of this worker, by parameter. Parameters without any keep their values
+        and their state. Return the sums of squares, and of the workers' weights.
+        """
+        ...
+
+    def commit(self, groups: Mapping[int, GroupUpdate] | None, skipped: frozenset[int]) -> None:
         """Apply the gradients everywhere; the model's parameters have their new values afterwards.
 
-        ``trunk`` has gradients by parameter; parameters that it lacks keep their values and their
-        state. So do the experts of the layers in ``skipped``.
+        The experts of the layers in ``skipped`` keep their values and their state. With groups of
+        None this worker has no gradients, and goes along with the others.
         """
         ...
 

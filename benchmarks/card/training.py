@@ -32,6 +32,7 @@ from benchmarks.hosts import NODE, HostProcess, host_processes, place
 from benchmarks.measure import write_json
 from benchmarks.random_model import save_random_model
 from moesaic.actors.router.router import Router
+from moesaic.actors.training.coordinator import Coordinator
 from moesaic.actors.training.learning import Learning
 from moesaic.actors.training.opening import plan_run
 from moesaic.actors.training.optimizer import RunOptimizer
@@ -103,7 +104,7 @@ class ProcessPool:
         answers = self._threads.map(HostProcess.train, hosts, orders.values())
         return dict(zip(orders, answers, strict=True))
 
-    def publish(self, version: int, timeout_s: float) -> None:
+    def publish(self, version: int, timeout_s: float) -> PlacementId:
         before = self._placement
         versions = replace(before.versions, models={**before.versions.models, "m": version})
         number = PlacementId(before.id.term, before.id.epoch + 1)
@@ -112,6 +113,7 @@ class ProcessPool:
         for key, held_by in self.now().holders.items():
             for host in held_by:
                 self._hosts[host].release([ExpertVersion(key, before.versions.of(key))])
+        return number
 
     def end(self) -> None:
         self._threads.shutdown()
@@ -146,7 +148,8 @@ def pool(
         def open_run(trained: TrainedTensors, rule: UpdateRule) -> PoolRun:
             plan = plan_run(1, "m", trunk, layers, trained, rule, redundancy=0, exact=False)
             steps = TrainingSteps(plan, controls.now(), versions=placement.versions, next_version=2)
-            return PoolRun(controls, BulkLinks(NODE, secret_of_process()), trunk, steps)
+            links = BulkLinks(NODE, secret_of_process())
+            return PoolRun(Coordinator(controls, steps), links, trunk)
 
         optimizer = RunOptimizer(model, open_run, **SETTINGS)
         stack.callback(optimizer.close)

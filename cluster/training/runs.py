@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ...proto.errors import ClusterError, Superseded
 from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
-from ..placement import HostEntry, LayerPlacement, ModelShape, every_expert
+from ..placement import HostEntry, LayerPlacement, ModelShape, PlacementId, every_expert
 from ..versions import WeightVersions
 from ..weight_updates import WeightUpdates
 from .orders import RunId
@@ -37,6 +37,14 @@ class BegunTraining:
     lease_s: float  # how long it lives without asking for news
 
 
+class NewsRequest(NamedTuple):
+    """A run asks for news of its pool, and tells that it lives."""
+
+    run: RunId
+    skip: int | None = None  # a version of it that is never to be served
+    knows: PlacementId | None = None  # the last placement that it was told
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingNews:
     """What a run has to know of its pool, again and again."""
@@ -48,6 +56,8 @@ class TrainingNews:
     # Versions that are served no more, or belonged to earlier runs, and that some host still has. A
     # host has room for the next one when they are gone.
     old_versions: frozenset[int]
+    placed: PlacementId | None  # None: the run knows the newest placement
+    layers: Mapping[LayerKey, LayerPlacement]  # of the model, in this placement
 
 
 class Held(Protocol):

@@ -16,7 +16,7 @@ to. Orders of a run reach a host in the order in which they are sent, however la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -87,6 +87,7 @@ class TrainingSteps:
         self._number = 0  # of the attempt; each step's first one is 1
         self._lost = _NOT_BEGUN  # why the attempt cannot be committed
         self._reduction: _Reduction | None = None
+        self.owners_stay = False  # what they are, until the attempt ends
         # The first owners alone; `own` copies what they own to the others.
         firsts = {key: names[:1] for key, names in hosts.dealt(pool.entries).items()}
         hosts.owners = firsts | owners_of_shared(filter(is_shared, firsts), firsts, {})
@@ -213,9 +214,17 @@ class TrainingSteps:
         If a host fails to begin it, it is `lost` from the beginning.
         """
         self._check()
-        self._lost, self._reduction = _NOT_BEGUN, None
+        self._forget_gradients()
         yield from self.follow(pool)
         yield from self._begin()
+
+    def stay(self) -> None:
+        """Let owners stay what they are: workers begin to put gradients into them.
+
+        Raises StepLost if the attempt is lost.
+        """
+        self.check_attempt()
+        self.owners_stay = True
 
     def reduce_experts(
         self,
@@ -228,7 +237,7 @@ class TrainingSteps:
         Experts of layers in ``without`` are not updated in this step. ``put`` says of which experts
         a worker has put gradients of its own into the owners. Raises StepLost.
         """
-        self._check_attempt()
+        self.stay()
         # A host commits all that it owns, so it may own no more than it prepares.
         hosts = self._hosts
         yield from hosts.let_forget()
@@ -254,15 +263,15 @@ class TrainingSteps:
         self._reduction = reduction
         return (yield from self._reduce(reduction, sources))
 
-    def reduce_trunk(self, blocks: Collection[ExpertKey], worker: str) -> Exchange[Squares]:
-        """Sum up the gradients of the trunk's ``blocks``, which ``worker`` has put into owners.
+    def reduce_trunk(self, put: Mapping[ExpertKey, Sequence[str]]) -> Exchange[Squares]:
+        """Sum up the gradients of the trunk's blocks; ``put`` says which workers have put some.
 
         The other blocks are not updated in this step. Raises StepLost.
         """
-        self._check_attempt()
+        self.check_attempt()
         assert self._reduction is not None, "experts come first"
         sources: dict[ExpertKey, tuple[str, ...] | None] = {
-            key: (worker,) if key in blocks else None
+            key: tuple(put[key]) if put.get(key) else None
             for key in self.plan.tensors
             if key.layer == TRUNK
         }
@@ -274,7 +283,7 @@ class TrainingSteps:
         Afterwards `versions` can be served. Raises StepLost while nothing is applied, and
         ClusterError if the state of some keys is lost.
         """
-        self._check_attempt()
+        self.check_attempt()
         assert self._reduction is not None, "nothing is summed up"
         missing = self.plan.tensors.keys() - self._reduction.keys
         assert not missing, f"{min(missing)} is not summed up"
@@ -294,7 +303,7 @@ class TrainingSteps:
         self._leave(gone, f"hosts did not commit {self.attempt}")
         self.broken = ""
         self.step, self._number = self.step + 1, 0
-        self._lost, self._reduction = _NOT_BEGUN, None
+        self._forget_gradients()
         self._count_version()
         # A host that fails here lacks the version, and the controller lets it load it.
         yield self._hosts.renewals(self._next_version - 1)
@@ -312,7 +321,8 @@ class TrainingSteps:
         Who runs the exchange puts it into `owning`, and goes on with `take_over`. Until that ends
         the run is broken. Raises ClusterError.
         """
-        self._reduction, hosts = None, self._hosts
+        self._forget_gradients()
+        hosts = self._hosts
         self.broken = "a checkpoint was taken over in part; take it over again"
         hosts.leave(self._gone(pool))
         hosts.pool = pool
@@ -338,18 +348,13 @@ class TrainingSteps:
 
     # ---- hosts that come and go -----------------------------------------------------------------
 
-    @property
-    def is_reducing(self) -> bool:
-        """Whether owners have begun to sum up; they stay what they are until the attempt ends."""
-        return self._reduction is not None
-
     def follow(self, pool: PoolNow) -> Exchange[dict[str, MoesaicError]]:
         """Take note of the pool's hosts; owners follow. An attempt under way may be lost by that.
 
         Returns the errors of hosts that could not do their part; they are asked again the next
         time. Raises ClusterError if the run cannot go on.
         """
-        assert not self.is_reducing, "owners are summing up"
+        assert not self.owners_stay, "workers put gradients into them"
         self._check()
         hosts = self._hosts
         gone = self._gone(pool)
@@ -371,7 +376,11 @@ class TrainingSteps:
         if self.broken:
             raise ClusterError(self.broken)
 
-    def _check_attempt(self) -> None:
+    def _forget_gradients(self) -> None:
+        self._lost, self._reduction, self.owners_stay = _NOT_BEGUN, None, False
+
+    def check_attempt(self) -> None:
+        """Raise StepLost if the attempt is lost, and ClusterError if the run is broken."""
         self._check()
         if self._lost:
             raise self.lose(self._lost)

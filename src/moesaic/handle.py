@@ -414,7 +414,6 @@ class Cluster:
             self._join(),
             trunk.config.model.name,
             LearningTrunk(model=model, learning=trunk.learning, name=trunk.config.name),
-            trunk.router,
             trunk.layers,
             trained,
             rule,

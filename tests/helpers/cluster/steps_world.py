@@ -379,7 +379,7 @@ class TrainingWorld:
                     self.hosts.reach(entry).put(attempt, key, WORKER, gradient)
         except MoesaicError as error:
             raise steps.lose(str(error)) from error
-        self.exchange(steps.reduce_trunk(blocks, WORKER))
+        self.exchange(steps.reduce_trunk(dict.fromkeys(blocks, (WORKER,))))
         self._expect(trunk, sums, without)
         before = steps.step
         try:

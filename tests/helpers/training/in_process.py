@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesaic.actors.training.coordination import TrunkSums
 from moesaic.actors.training.optimizer import RunOptimizer
 from moesaic.cluster.training.orders import GroupUpdate
 from moesaic.kernels.training.update_rules import UpdateRule
@@ -47,6 +48,8 @@ class InProcessRun:
         self.asked = 0  # how often squares were computed
         self.has_gradients = False
         self.closed = False
+        self.number, self.workers = 0, 1
+        self.given: dict[str, Tensor] = {}  # gradients of the trunk
         self.saving: Future[None] | None = None  # that a test finishes
         self.lose: str = ""  # the method that fails next
         self.poison: Key | None = None  # whose gradient gets an infinite value
@@ -119,14 +122,17 @@ class InProcessRun:
             if not own.isfinite().all()
         )
 
-    def commit(
-        self,
-        groups: Mapping[int, GroupUpdate],
-        trunk: Mapping[str, Tensor],
-        skipped: frozenset[int],
-    ) -> None:
+    def give_trunk(self, trunk: Mapping[str, Tensor], weight: float) -> TrunkSums:
+        self._fail("give_trunk")
+        self.given = dict(trunk)
+        squares = {name: float(one.double().square().sum()) for name, one in trunk.items()}
+        return TrunkSums(squares=squares, weight=weight)
+
+    def commit(self, groups: Mapping[int, GroupUpdate] | None, skipped: frozenset[int]) -> None:
         self._fail("commit")
         assert self._squares is not None, "the squares are computed before the commit"
+        assert groups is not None
+        trunk = self.given
         parameters = dict(self.trunk.named_parameters())
         for key, group in self.group_of.items():
             if isinstance(key, tuple) and key[0] in skipped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.training.coordinator import Coordinator
 from moesaic.actors.training.learning import Learning
 from moesaic.actors.training.opening import plan_run
 from moesaic.actors.training.optimizer import RunOptimizer
@@ -22,6 +24,7 @@ from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.orders import Answer, Order
 from moesaic.cluster.training.run_plan import PoolNow
 from moesaic.cluster.training.steps import TrainingSteps
+from moesaic.cluster.training.workers import Workers
 from moesaic.kernels.training.update_rules import UpdateRule
 from moesaic.models.training.groups import TrainedTensors
 from moesaic.models.training.trainable_trunk import TrainableTrunk
@@ -31,6 +34,8 @@ from moesaic.proto.errors import HostLost, MoesaicError, Superseded
 from tests.helpers.pool.serving import PATIENT, Hosts, serving
 
 DECAY = {"lr": 1e-2, "weight_decay": 0.1}
+# transformers sets the default type of the whole process while it makes a model.
+BUILDING = threading.Lock()
 # (host, order) -> whether it gets there
 Gate = Callable[[str, Order], bool]
 
@@ -104,13 +109,14 @@ class LocalPool:
         for router in self.routers:
             router.place(self.hosts.placement)
 
-    def publish(self, version: int, timeout_s: float) -> None:
+    def publish(self, version: int, timeout_s: float) -> PlacementId:
         placement = self.hosts.placement
         if version <= placement.versions.models.get(self.hosts.ref.name, FIRST_VERSION):
             raise Superseded(f"version {version} is over")
         models = {**placement.versions.models, self.hosts.ref.name: version}
         self._place(replace(placement, versions=replace(placement.versions, models=models)))
         self._release(lambda held: held < version)
+        return self.hosts.placement.id
 
     def _release(self, is_over: Callable[[int], bool]) -> None:
         for host in self.alive.values():
@@ -171,6 +177,20 @@ def held(pool: LocalPool, keys: Collection[ExpertKey]) -> dict[ExpertKey, dict[s
     return found
 
 
+class Team:
+    """The workers of one run, each in a thread of this process; the first one brings its plan."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+        self.lead: Coordinator | None = None
+        self._lock = threading.Lock()
+
+    def join(self, begin: Callable[[Workers], Coordinator]) -> Coordinator:
+        with self._lock:
+            self.lead = self.lead or begin(Workers(self.least))
+            return self.lead
+
+
 @contextmanager
 def optimizing(
     pool: LocalPool,
@@ -181,6 +201,9 @@ def optimizing(
     redundancy: int = 0,
     run: int = 1,
     since: int | None = None,
+    exact: bool = False,
+    team: Team | None = None,
+    name: str = "worker",
     policy: RouterPolicy = PATIENT,
     prepare: Callable[[Any], None] = lambda _: None,
     params: Callable[[Any], Any] | None = None,
@@ -188,11 +211,13 @@ def optimizing(
 ) -> Iterator[tuple[Any, RunOptimizer]]:
     """A trunk that is trained with AdamW, unless ``options`` say otherwise.
 
-    ``prepare`` gets the model before the optimizer is made, and ``params`` makes groups of it.
+    It is the only worker of its run, or one of a team's. ``prepare`` gets the model before the
+    optimizer is made, and ``params`` makes groups of it.
     """
-    trunk = LocalTrunk(pool, folder, dtype, borrows=borrows, policy=policy)
+    with BUILDING:
+        trunk = LocalTrunk(pool, folder, dtype, borrows=borrows, policy=policy)
     opened = TrainableTrunk(trunk.model, pool.hosts.layers, dtype)
-    learning = LearningTrunk(model=trunk.model, learning=trunk.learning, name="worker")
+    learning = LearningTrunk(model=trunk.model, learning=trunk.learning, name=name)
 
     def open_run(trained: TrainedTensors, rule: UpdateRule) -> PoolRun:
         plan = plan_run(
@@ -203,12 +228,17 @@ def optimizing(
             trained,
             rule,
             redundancy=redundancy,
-            exact=False,
+            exact=exact,
         )
         versions = pool.hosts.placement.versions
         number = versions.of(ExpertKey("m", 0, 0)) + 1
         steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=number)
-        return PoolRun(pool, BulkLinks("here"), learning, steps, since=since)
+
+        def begin(workers: Workers | None = None) -> Coordinator:
+            return Coordinator(pool, steps, workers=workers, since=since)
+
+        lead = begin() if team is None else team.join(begin)
+        return PoolRun(lead, BulkLinks("here"), learning)
 
     prepare(trunk.model)
     given: dict[str, Any] = DECAY | options

@@ -68,7 +68,7 @@ def states(optimizer: RunOptimizer, pool: LocalPool) -> dict[Any, dict[str, Tens
     """What owners keep; those of one key must have the same bits."""
     run: Any = optimizer.run
     found: dict[Any, dict[str, Tensor]] = {}
-    for key, hosts in run._steps.owners.items():
+    for key, hosts in run.lead.steps.owners.items():
         for host in hosts:
             wanted = BulkKey("state", key, run=run.run)
             with pool.alive[host].training.reading(wanted) as state:

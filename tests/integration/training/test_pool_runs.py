@@ -175,11 +175,11 @@ def test_a_host_that_is_lost_costs_the_step_alone_with_redundancy(
             pool.lose(victim)
             found.append(one_step(model, optimizer, 1))
         pool.lose(victim)
-        optimizer.run._driver.look()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.run.lead.driver.look()  # pyright: ignore[reportAttributeAccessIssue]
         found.append(one_step(model, optimizer, 2))
         assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12
         assert_same_model(pool, model, plain, 1e-12)
-        owners = optimizer.run._steps.owners  # pyright: ignore[reportAttributeAccessIssue]
+        owners = optimizer.run.lead.steps.owners  # pyright: ignore[reportAttributeAccessIssue]
         assert {len(hosts) for hosts in owners.values()} == {2}
 
 
@@ -253,7 +253,7 @@ def test_owners_leave_a_host_that_is_drained(folder: Path) -> None:
     ):
         found = [one_step(model, optimizer, 0)]
         pool.leaving.add("host-1")
-        optimizer.run._driver.look()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.run.lead.driver.look()  # pyright: ignore[reportAttributeAccessIssue]
         assert pool.alive["host-1"].report().owned == 0
         found += [one_step(model, optimizer, step) for step in (1, 2)]
         assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12

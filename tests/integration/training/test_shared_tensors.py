@@ -81,7 +81,7 @@ def test_steps_are_those_of_the_plain_model(
 
 def owners_of(optimizer: RunOptimizer) -> dict[ExpertKey, tuple[str, ...]]:
     run: Any = optimizer.run
-    return dict(run._steps.owners)
+    return dict(run.lead.steps.owners)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_its_owners_follow_those_of_the_experts(folder: Path, how: str) -> None:
                 one_step(model, optimizer, 1)
             optimizer.zero_grad()
         run: Any = optimizer.run
-        run._driver.look()
+        run.lead.driver.look()
         assert all("host-1" not in hosts for hosts in owners_of(optimizer).values())
         found += [one_step(model, optimizer, step) for step in (1, 2)]
         assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12

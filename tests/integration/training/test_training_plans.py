@@ -115,7 +115,7 @@ def measured(folder: Path, request: pytest.FixtureRequest) -> Iterator[Measured]
             trunk_parameters=sum(o.master for k, o in sizes.items() if k.layer == TRUNK) // 4,
             lent=case.lent,
         )
-        planned = run.planned_memory(lent=case.lent)
+        planned = run.lead.planned_memory(lent=case.lent)
     yield Measured(case, peaks.found, moved, planned, step)
 
 
@@ -127,7 +127,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
     with training_pool(folder, dtype=F32) as pool:
         with optimizing(pool, folder, dtype=F32) as (_, optimizer):
             run: Any = optimizer.run
-            planned = run.planned_memory().values()
+            planned = run.lead.planned_memory().values()
         # The hosts are on one machine, which they share.
         needed = sum(one.peak - one.weights for one in planned)
         free["host-1"] = needed
@@ -167,7 +167,7 @@ def test_memory_of_a_run_goes_back_to_the_system(tmp_path: Path) -> None:
             loss_of(model, IDS).backward()
             optimizer.step()
             run: Any = optimizer.run
-            (planned,) = run.planned_memory().values()
+            (planned,) = run.lead.planned_memory().values()
             used = process.memory_info().rss
         assert used - process.memory_info().rss > 0.8 * (planned.masters + planned.state)
 

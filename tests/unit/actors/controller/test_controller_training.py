@@ -11,6 +11,7 @@ from moesaic.actors.controller.training import Training
 from moesaic.cluster.expert_keys import ExpertVersion
 from moesaic.cluster.placement import ModelRef
 from moesaic.cluster.planner.plan import OperatorConstraints
+from moesaic.cluster.training.runs import NewsRequest
 from moesaic.proto.errors import ClusterError, Superseded
 from tests.helpers.cluster.training_world import DAY_S, TrainingWorld
 
@@ -80,7 +81,7 @@ async def test_a_step_from_begin_to_end() -> None:
     assert shell.training.status() is None
     assert shell.stored[-1]["training"] == {"last": 1, "alive": None}
     with pytest.raises(ClusterError, match="run 1 does not live: it was ended"):
-        shell.training.news(1)
+        shell.training.news(NewsRequest(1))
     loop.cancel()
 
 
@@ -130,15 +131,15 @@ async def test_the_news_of_a_run() -> None:
     world.kill("h2")
     world.control.set_constraints(OperatorConstraints(leaving=frozenset({"h1", "h2"})))
     world.tick()
-    news = shell.training.news(1)
+    news = shell.training.news(NewsRequest(1))
     assert news.entries.keys() == news.domains.keys() == {"h0", "h1"}
     assert (news.leaving, news.domains["h0"]) == ({"h1"}, "h0")
     assert news.old_versions == frozenset()
     assert not shell.hurries
     shell.evicting["h0"] = [ExpertVersion(key, 1) for key in sorted(world.every())]
-    assert shell.training.news(1).old_versions == {1}, "its memory is not free yet"
+    assert shell.training.news(NewsRequest(1)).old_versions == {1}, "its memory is not free yet"
     assert shell.hurries, "the sooner old versions go, the sooner there is room"
     shell.training.end(1)
     await shell.training.begin("m", "bob")
     with pytest.raises(Superseded, match=r"run 1 was followed by run 2 \(bob\)"):
-        shell.training.news(1)
+        shell.training.news(NewsRequest(1))

@@ -1,0 +1,134 @@
+"""What the workers of a training run ask of the one that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...cluster.expert_keys import ExpertKey
+from ...cluster.placement import HostEntry
+from ...cluster.training.contributions import Attempt
+from ...cluster.training.host_memory import HostMemory
+from ...cluster.training.orders import GroupUpdate
+from ...cluster.training.run_plan import RunPlan
+from ...cluster.training.workers import Stand, Worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """The hosts that have what a run trains."""
+
+    owning: Mapping[ExpertKey, tuple[HostEntry, ...]]  # the state and the masters
+    having: Mapping[ExpertKey, tuple[HostEntry, ...]]  # the weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSums:
+    """What the gradients of experts are, summed up over hosts and workers."""
+
+    squares: Mapping[tuple[int, str], float]  # sums of squares, by layer and name in the pool
+    not_finite: tuple[str, ...]  # a name for each gradient that has such values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrunkSums:
+    """What the trunk's gradients are, summed up over workers."""
+
+    squares: Mapping[str, float]  # sums of squares, by parameter
+    weight: float  # of all workers together
+
+
+class Coordination(Protocol):
+    """What a worker asks of its run. Each method may be called by several workers at once.
+
+    From `again` to the next one, workers give the attempt that they take part in. Methods raise
+    StepLost if it is over, ClusterError if the run is, and Superseded for a process that another
+    one has replaced.
+    """
+
+    @property
+    def plan(self) -> RunPlan: ...
+
+    def enter(self, worker: Worker) -> Where | None:
+        """Begin the run on all hosts, if nobody has.
+
+        Whoever gets a `Where` puts the trunk's weights into the owners, and calls `own`. The others
+        find them there, after `again`.
+        """
+        ...
+
+    def own(self, worker: Worker) -> None:
+        """Let owners begin: the weights are there."""
+        ...
+
+    def again(self, worker: Worker) -> Stand:
+        """Wait for the next attempt, in which nothing is added up yet; see `Workers`."""
+        ...
+
+    def where(self, worker: Worker, attempt: Attempt | None = None) -> Where:
+        """Return where things are; with ``attempt`` they stay there until it ends."""
+        ...
+
+    def reduce_experts(
+        self,
+        worker: Worker,
+        attempt: Attempt,
+        layers: frozenset[int],
+        put: frozenset[ExpertKey],
+    ) -> ExpertSums:
+        """Meet: end the backward calls, and sum the experts' gradients up.
+
+        ``layers`` are those that the worker has learned from; layers from which none has are not
+        updated. ``put`` are the experts of which it has put gradients into the owners.
+        """
+        ...
+
+    def reduce_trunk(
+        self, worker: Worker, attempt: Attempt, put: frozenset[ExpertKey], weight: float
+    ) -> TrunkSums:
+        """Meet: sum up the gradients of the trunk's blocks that workers have put into owners."""
+        ...
+
+    def commit(
+        self, worker: Worker, attempt: Attempt, groups: Mapping[int, GroupUpdate] | None
+    ) -> Stand:
+        """Meet: apply what is summed up, and begin the next attempt.
+
+        Workers that have nothing to say of ``groups`` go along with the others. Raises BadInput if
+        these disagree, and ClusterError if the step is done and not served yet.
+        """
+        ...
+
+    def total(
+        self, worker: Worker, attempt: Attempt, name: str, numbers: Sequence[float]
+    ) -> list[float]:
+        """Meet: return the sums of the workers' numbers; ``name`` is used once in an attempt."""
+        ...
+
+    def forget(self, worker: Worker) -> Where:
+        """Meet: let owners forget their state. Workers put a checkpoint's in its place.
+
+        Nothing else goes on meanwhile, whatever has become of the attempt.
+        """
+        ...
+
+    def take_over(self, worker: Worker, step: int) -> Stand:
+        """Meet: the checkpoint is there; go on after ``step``."""
+        ...
+
+    def leave(self, worker: Worker) -> None:
+        """Take part no more; the last one ends the run."""
+        ...
+
+    @property
+    def is_over(self) -> bool: ...
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the run goes on from a checkpoint alone."""
+        ...
+
+    def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
+        """Return what each host takes for the run; ``lent``: workers compute all calls."""
+        ...

@@ -1,0 +1,456 @@
+"""Decides for the workers of a run: it drives the hosts, and brings the workers together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotInTime
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ...cluster.expert_keys import TRUNK, ExpertKey
+from ...cluster.placement import PlacementId
+from ...cluster.training.contributions import Attempt
+from ...cluster.training.host_memory import HostMemory
+from ...cluster.training.orders import GroupUpdate, RunId
+from ...cluster.training.run_plan import RunPlan
+from ...cluster.training.steps import Squares, TrainingSteps
+from ...cluster.training.workers import Stand, Worker, Workers
+from ...proto.errors import (
+    BadInput,
+    CallError,
+    ClusterError,
+    StepLost,
+    describe_error,
+)
+from .coordination import ExpertSums, TrunkSums, Where
+from .driver import PUBLISH_S, RunDriver, TrainingPool
+
+log = logging.getLogger(__name__)
+
+# How long a worker waits for the others.
+MEET_S = 600.0
+
+T = TypeVar("T")
+
+
+class Coordinator:
+    """A `Coordination`, in the process that decides."""
+
+    def __init__(
+        self,
+        pool: TrainingPool,
+        steps: TrainingSteps,
+        *,
+        workers: Workers | None = None,
+        since: RunId | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin with the first that enters; ``workers`` are none yet (None: one, in this process).
+
+        With ``since`` it goes on with what this run began, in the place of a process that is gone.
+        """
+        self.steps = steps
+        self.driver = RunDriver(pool, steps, beside=self._look)
+        self._pool = pool
+        self._since = since
+        self._clock = clock
+        self._workers = Workers(lease_s=math.inf) if workers is None else workers
+        self._room: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="room")
+        self._served = steps.versions
+        self._placed: PlacementId | None = None
+        # Of the four below, and of `_workers`. Whoever holds it waits for nothing.
+        self._lock = threading.Lock()
+        self._entered: Worker | None = None  # who puts the weights
+        self._owned = False
+        self._not_begun: BaseException | None = None  # why the run could not begin
+        self._fresh = False  # the attempt under way has begun, and nobody takes part in it yet
+        self._meetings: dict[str, Future[Any]] = {}
+        self._next: Future[None] = Future()
+
+    # ---- the beginning and the end --------------------------------------------------------------
+
+    @property
+    def plan(self) -> RunPlan:
+        return self.steps.plan
+
+    @property
+    def is_over(self) -> bool:
+        return self.driver.over is not None
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(self.steps.broken)
+
+    def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
+        with self.driver.lock:
+            return self.steps.planned_memory(lent=lent)
+
+    def enter(self, worker: Worker) -> Where | None:
+        with self._lock:
+            if self._entered is not None:
+                return None
+            self._entered = worker
+        self.driver.start()
+        with self._opening(), self.driver.lock:
+            if self._since is None:
+                self.driver.exchange(self.steps.open())
+                return self._where()
+            try:
+                self.driver.exchange(self.steps.succeed(self._since))
+                if self.steps.skipped is not None:
+                    self._pool.now(skip=self.steps.skipped)
+            except BaseException as error:
+                # Hosts keep what they have for whoever tries next.
+                why = f"run {self.plan.run} has not begun: {describe_error(error)}"
+                self.driver.over = ClusterError(why)
+                raise
+        self._may_begin()
+        return None
+
+    def own(self, worker: Worker) -> None:
+        with self._opening(), self.driver.lock:
+            self.driver.exchange(self.steps.own())
+        self._may_begin()
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Let the others hear of an error, too."""
+        try:
+            yield
+        except BaseException as error:
+            with self._lock:
+                self._not_begun = error
+                self._end_waiting(error)
+            raise
+
+    def _may_begin(self) -> None:
+        with self._lock:
+            self._owned = self._fresh = self.driver.follows = True
+        self._advance()
+
+    def leave(self, worker: Worker) -> None:
+        with self._lock:
+            self._workers.leave(worker)
+            self._note_missing()
+            last = not len(self._workers)
+        if last:
+            self.end()
+        else:
+            self._advance()
+
+    def end(self) -> None:
+        """End the run; hosts forget what they own for it, and keep the weights."""
+        self.driver.stop()
+        self._thread.shutdown(cancel_futures=True)
+        self.driver.end()
+
+    # ---- attempts -------------------------------------------------------------------------------
+
+    def hear(self, worker: Worker) -> None:
+        """Take note that a worker lives."""
+        with self._lock:
+            self._workers.hear(worker, self._clock())
+
+    def again(self, worker: Worker) -> Stand:
+        self.driver.check()
+        with self._lock:
+            if self._not_begun is not None:
+                raise self._not_begun
+            self._workers.wait(worker, self._clock())
+            self._note_missing()
+            begun = self._next
+        self._advance()
+        _result(begun, "the other workers to begin the next attempt")
+        return self._stand(worker)
+
+    def _stand(self, worker: Worker) -> Stand:
+        steps = self.steps
+        with self._lock:
+            part, takes_part = self._workers.part, self._workers.takes_part(worker)
+            silent = "" if takes_part else f"{worker.name} was not heard in time"
+            return Stand(
+                attempt=steps.attempt,
+                step=steps.step,
+                versions=steps.versions,
+                placed=self._placed,
+                lost=silent or steps.lost,
+                members=frozenset(steps.members),
+                trunk={
+                    key: tuple(steps.having(key)) for key in self.plan.tensors if key.layer == TRUNK
+                },
+                number=part.index(worker.name) if takes_part else 0,
+                workers=len(part),
+            )
+
+    def _note_missing(self) -> None:
+        """End the attempt if somebody is missing; the lock is held."""
+        if why := self._workers.missing:
+            self._end_meetings(self.steps.lose(why))
+
+    def _end_meetings(self, error: Exception) -> None:
+        for meeting in self._meetings.values():
+            if not (meeting.running() or meeting.done()):
+                meeting.set_exception(error)
+
+    def _advance(self) -> None:
+        """Begin the next attempt if all wait for it."""
+        with self._lock:
+            if not self._is_due:
+                return
+        with self.driver.lock:
+            with self._lock:
+                if not self._is_due:
+                    return  # another thread has begun it meanwhile
+            try:
+                self._begin()
+            except BaseException as error:
+                with self._lock:
+                    self._workers.fail()
+                    self._end_waiting(error)
+            else:
+                self._let_begin()
+
+    @property
+    def _is_due(self) -> bool:
+        return self._owned and self._workers.may_begin
+
+    def _let_begin(self) -> None:
+        """Let the workers that wait take part in the attempt that has begun."""
+        with self._lock:
+            self._workers.begin()
+            self._meetings = {}
+            begun, self._next = self._next, Future()
+            begun.set_result(None)
+
+    def _end_waiting(self, error: BaseException) -> None:
+        """Whoever waits for the next attempt gets an error; the lock is held."""
+        self._next.set_exception(error)
+        self._next = Future()
+
+    def _begin(self) -> None:
+        steps, fresh = self.steps, self._fresh
+        self._fresh, self._room = False, None
+        if self._served != steps.versions and not steps.broken:
+            self._publish()
+            self.driver.exchange(steps.begin())
+        elif not fresh:
+            self.driver.exchange(steps.again(self._pool.now()))
+
+    def _publish(self) -> None:
+        versions = self.steps.versions
+        self._placed = self._pool.publish(versions.models[self.plan.model], PUBLISH_S)
+        self._served = versions
+
+    def _look(self) -> None:
+        """Look for workers that are gone, beside what the lease needs."""
+        with self._lock:
+            gone = self._workers.expire(self._clock())
+            if not gone:
+                return
+            log.warning("run %d: %s: gone", self.plan.run, ", ".join(gone))
+            self._note_missing()
+            if not self._owned and self._entered is not None and self._entered.name in gone:
+                self._not_begun = ClusterError(f"{self._entered.name} is gone before it had begun")
+                self._end_waiting(self._not_begun)
+                return
+        self._advance()
+
+    # ---- meetings -------------------------------------------------------------------------------
+
+    def _meet(
+        self,
+        worker: Worker,
+        attempt: Attempt | None,
+        where: str,
+        brings: Any,
+        act: Callable[[Mapping[str, Any]], T],
+    ) -> T:
+        """Wait until all workers have come; the last one lets ``act`` be done for all.
+
+        None: whatever has become of the attempt.
+        """
+        self.driver.check()
+        with self._lock:
+            if attempt is not None:
+                self._check(attempt)
+            elif not self._workers.part or self._workers.missing:
+                self._workers.gather()
+                self._meetings = {}
+            if not self._workers.takes_part(worker):
+                raise StepLost(f"{worker.name} takes part in no attempt: call zero_grad()")
+            meeting = self._meetings.setdefault(where, Future())
+            brought = self._workers.meet(worker, where, brings)
+            acts = brought is not None and not (meeting.running() or meeting.done())
+            if acts:
+                meeting.set_running_or_notify_cancel()
+        if acts:
+            assert brought is not None
+            try:
+                with self.driver.lock:
+                    if attempt is not None:
+                        self._check(attempt)
+                    meeting.set_result(act(brought))
+            except BaseException as error:
+                meeting.set_exception(error)
+        return _result(meeting, "the other workers")
+
+    def _check(self, attempt: Attempt) -> None:
+        if attempt != self.steps.attempt:
+            raise StepLost(f"{attempt} is over")
+        self.steps.check_attempt()
+
+    def _act(self, act: Callable[[Mapping[str, Any]], T]) -> Callable[[Mapping[str, Any]], T]:
+        """Let an error end the attempt, because gradients may be gone with it."""
+
+        def acted(brought: Mapping[str, Any]) -> T:
+            with self.driver.attempt():
+                return act(brought)
+
+        return acted
+
+    def where(self, worker: Worker, attempt: Attempt | None = None) -> Where:
+        with self.driver.lock:
+            self.driver.check()
+            if attempt is not None:
+                self._check(attempt)
+                self.steps.stay()
+            return self._where()
+
+    def _where(self) -> Where:
+        steps = self.steps
+        return Where(
+            owning={key: tuple(steps.owning(key)) for key in self.plan.tensors},
+            having={key: tuple(steps.having(key)) for key in self.plan.tensors},
+        )
+
+    def reduce_experts(
+        self,
+        worker: Worker,
+        attempt: Attempt,
+        layers: frozenset[int],
+        put: frozenset[ExpertKey],
+    ) -> ExpertSums:
+        every = {key.layer for key in self.plan.tensors if key.layer != TRUNK}
+
+        def act(brought: Mapping[str, tuple[frozenset[int], frozenset[ExpertKey]]]) -> ExpertSums:
+            learned = frozenset[int]().union(*(layers for layers, _ in brought.values()))
+            given = {name: keys for name, (_, keys) in brought.items()}
+            found = self.steps.reduce_experts(every - learned, put=given)
+            sums = _expert_sums(self.driver.exchange(found))
+            self._room = self._thread.submit(self.driver.await_room)
+            return sums
+
+        return self._meet(worker, attempt, "experts", (layers, put), self._act(act))
+
+    def reduce_trunk(
+        self, worker: Worker, attempt: Attempt, put: frozenset[ExpertKey], weight: float
+    ) -> TrunkSums:
+        def act(brought: Mapping[str, tuple[frozenset[ExpertKey], float]]) -> TrunkSums:
+            sources: dict[ExpertKey, list[str]] = {}
+            for name, (blocks, _) in brought.items():
+                for key in blocks:
+                    sources.setdefault(key, []).append(name)
+            found = self.driver.exchange(self.steps.reduce_trunk(sources))
+            return TrunkSums(
+                squares={name: one for named in found.values() for name, one in named.items()},
+                weight=math.fsum(weight for _, weight in brought.values()),
+            )
+
+        return self._meet(worker, attempt, "trunk", (put, weight), self._act(act))
+
+    def commit(
+        self, worker: Worker, attempt: Attempt, groups: Mapping[int, GroupUpdate] | None
+    ) -> Stand:
+        def act(brought: Mapping[str, Mapping[int, GroupUpdate] | None]) -> None:
+            with self.driver.attempt():
+                decided = _agreed(brought)
+                if self._room is not None:
+                    self._room.result()
+                self.driver.exchange(self.steps.commit(decided))
+            self._go_on()
+
+        self._meet(worker, attempt, "commit", groups, act)
+        return self._stand(worker)
+
+    def _go_on(self) -> None:
+        """Begin the next attempt with all that take part in this one, and those that wait."""
+        self._publish()
+        self.driver.exchange(self.steps.begin())
+        with self._lock:
+            self._workers.stay()
+        self._let_begin()
+
+    def total(
+        self, worker: Worker, attempt: Attempt, name: str, numbers: Sequence[float]
+    ) -> list[float]:
+        def act(brought: Mapping[str, Sequence[float]]) -> list[float]:
+            return [math.fsum(column) for column in zip(*brought.values(), strict=True)]
+
+        return self._meet(worker, attempt, f"total {name}", tuple(numbers), self._act(act))
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def forget(self, worker: Worker) -> Where:
+        def act(_: Mapping[str, None]) -> Where:
+            if self.steps.versions != self._served:
+                # A checkpoint was taken over in part; hosts have room when it is gone.
+                self._pool.now(skip=self.steps.versions.models[self.plan.model])
+                self.driver.await_room()
+            self.driver.exchange(self.steps.forget(self._pool.now()))
+            return self._where()
+
+        return self._meet(worker, None, "forget", None, act)
+
+    def take_over(self, worker: Worker, step: int) -> Stand:
+        def act(_: Mapping[str, None]) -> None:
+            self.driver.exchange(self.steps.take_over(step))
+            self._go_on()
+
+        self._meet(worker, None, "take over", None, act)
+        return self._stand(worker)
+
+
+def _expert_sums(found: Squares) -> ExpertSums:
+    squares: dict[tuple[int, str], list[float]] = {}
+    for key, named in found.items():
+        for name, square in named.items():
+            squares.setdefault((key.layer, name), []).append(square)
+    return ExpertSums(
+        squares={at: math.fsum(all_of_them) for at, all_of_them in squares.items()},
+        not_finite=tuple(
+            f"{name} of {key}"
+            for key, named in found.items()
+            for name, square in named.items()
+            if not math.isfinite(square)
+        ),
+    )
+
+
+def _agreed(
+    brought: Mapping[str, Mapping[int, GroupUpdate] | None],
+) -> Mapping[int, GroupUpdate]:
+    """Return how all workers want to update their groups."""
+    said = {name: groups for name, groups in brought.items() if groups is not None}
+    if not said:
+        raise CallError("commit: no worker has gradients, so none says how to apply them")
+    first = next(iter(said))
+    for name, groups in said.items():
+        if groups != said[first]:
+            raise BadInput(
+                f"the workers disagree about the step: {first} has {said[first]}, and {name} has "
+                f"{groups}; give all of them the same schedule, and clip by max_grad_norm"
+            )
+    return said[first]
+
+
+def _result(future: Future[T], whom: str) -> T:
+    try:
+        return future.result(MEET_S)
+    except NotInTime:
+        raise StepLost(f"{whom} did not come within {MEET_S:g} s") from None
