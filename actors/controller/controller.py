@@ -32,7 +32,7 @@ from ...cluster.reports.scaling import ScalingReport
 from ...cluster.reports.status import ClusterStatus
 from ...cluster.reports.updates import WeightUpdateReport
 from ...cluster.spec.deployment import Deployment
-from ...cluster.training.runs import BegunTraining, NewsRequest, TrainingNews
+from ...cluster.training.runs import BegunTraining, NewsRequest, TrainingNews, TrainingRequest
 from ...proto.errors import ClusterError, describe_error
 from ..host.report import HostReport
 from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert, grant_all
@@ -292,8 +292,8 @@ class Controller:
 
     # ---- training: see `Training` ---------------------------------------------------------------
 
-    async def begin_training(self, model: str, who: str, succeed: bool = False) -> BegunTraining:
-        return await self._training.begin(model, who, succeed)
+    async def begin_training(self, asked: TrainingRequest) -> BegunTraining:
+        return await self._training.begin(asked)
 
     async def training_news(self, asked: NewsRequest) -> TrainingNews:
         return self._training.news(asked)

@@ -18,6 +18,7 @@ from ...cluster.training.runs import (
     NewsRequest,
     Publication,
     TrainingNews,
+    TrainingRequest,
 )
 from ...proto.errors import ClusterError
 
@@ -58,11 +59,13 @@ class Training:
         self._stored = control.training.snapshot()
         self._ticked = asyncio.Event()
 
-    async def begin(self, model: str, who: str, succeed: bool = False) -> BegunTraining:
+    async def begin(self, asked: TrainingRequest) -> BegunTraining:
         """Begin to train a model; one that is asleep wakes up first.
 
-        With ``succeed`` the run that lives goes on in another process.
+        One of several workers joins those that have begun. Another process that succeeds goes on
+        with the run that lives.
         """
+        model = asked.model
         control = self._control
         try:
             check_model(control.models, model)
@@ -73,8 +76,12 @@ class Training:
                 f"model {model!r}: its experts cannot be trained; set models.{model}.train: true "
                 "in the spec, and start the cluster again"
             )
-        if succeed:
-            followed = control.training.succeed(model, who=who, now=self._clock())
+        joined = control.training.join(asked)
+        if joined is not None:
+            self._keep()
+            return self._begun(joined, since=None)
+        if asked.succeed:
+            followed = control.training.succeed(model, who=asked.who, now=self._clock())
             self._keep()
             return self._begun(followed, since=followed.since)
         asleep, until = model in control.idle_models.asleep, self._clock() + WAKE_S
@@ -85,7 +92,12 @@ class Training:
             control.idle_models.wake(model, self._clock())
         layers = {} if control.placement is None else control.placement.layers
         begun = control.training.begin(
-            model, layers, who=who, unix_s=self._unix_clock(), now=self._clock()
+            model,
+            layers,
+            who=asked.who,
+            unix_s=self._unix_clock(),
+            now=self._clock(),
+            workers=asked.workers,
         )
         try:
             # Before anybody learns its number: a later controller must not give it out again.
@@ -99,6 +111,7 @@ class Training:
         control = self._control
         return BegunTraining(
             run=run.run,
+            first=run.first,
             since=since,
             versions=control.view.versions.only(run.model),
             next_version=run.next_version,

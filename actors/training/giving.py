@@ -65,7 +65,7 @@ class GivenGradients:
                 begun.append(self._threads.submit(put))
         return begun
 
-    def may_be_overwritten(self, members: set[tuple[str, int]]) -> bool:
+    def may_be_overwritten(self, members: frozenset[tuple[str, int]]) -> bool:
         """Return whether no host still reads what was given.
 
         ``members`` have begun the next attempt, and so forgotten what they were given for another.

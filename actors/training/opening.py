@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
 
@@ -13,23 +12,20 @@ import torch
 from ...cluster.expert_keys import SHARED, ExpertKey, trunk_block
 from ...cluster.training.host_memory import TrainedBytes
 from ...cluster.training.run_plan import RunPlan, Trained
+from ...cluster.training.runs import TrainingRequest
 from ...cluster.training.steps import TrainingSteps
 from ...kernels.training.update_rules import OwnerBytes, UpdateRule
 from ...models.training.groups import TrainedTensors
 from ...models.training.trunk_blocks import trunk_blocks
 from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes, shared_shapes
 from ...proto.wire import wide
-from ..runtime.ray_border import controller_of, ray_get
 from ..store.cluster_secret import secret_of
 from ..transport.bulk.links import BulkLinks
-from .coordinator import Coordinator
-from .ray_pool import RayTrainingPool
+from .lead.coordinator import Coordinator
+from .lead.ray_pool import RayTrainingPool
+from .lead.run_actor import RemoteCoordinator, begin_run, run_name, start_run_actor
 from .run import LearningTrunk, PoolRun
-
-log = logging.getLogger(__name__)
-
-# A model that was asleep is placed again first.
-_BEGIN_S = 90.0
+from .run_options import RunOptions
 
 
 def open_run(
@@ -39,19 +35,15 @@ def open_run(
     layers: Iterable[ExpertsLayer],
     trained: TrainedTensors,
     rule: UpdateRule,
-    *,
-    redundancy: int | None = None,
-    exact: bool = False,
-    succeed: bool = False,
+    options: RunOptions,
 ) -> PoolRun:
-    """Begin to train a model of a cluster; ``layers`` are as in `plan_run`.
+    """Begin to train a model of a cluster, or take part; ``layers`` are as in `plan_run`.
 
-    ``redundancy`` is how many hosts may be lost with what they own (None: as the spec says). With
-    ``succeed`` it goes on with the run that lives, whose process is gone. Raises ClusterError.
+    Raises ClusterError.
     """
-    who = getpass.getuser()
-    asked = controller_of(namespace).begin_training.remote(model, who, succeed)
-    begun = ray_get(asked, _BEGIN_S, f"beginning to train {model}")
+    redundancy, exact, succeed, crew = options
+    asked = TrainingRequest(model, getpass.getuser(), succeed, crew.workers)
+    begun = begin_run(namespace, asked)
     pool = RayTrainingPool(namespace, begun.run, model)
     links = BulkLinks(ray.get_runtime_context().get_node_id(), secret_of(namespace))
     try:
@@ -65,16 +57,19 @@ def open_run(
             redundancy=begun.redundancy if redundancy is None else redundancy,
             exact=exact,
         )
-        versions, number = begun.versions, begun.next_version
-        steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=number)
+        if crew.workers > 1:
+            start_run_actor(namespace, begun, plan, crew.workers)
+            lead = RemoteCoordinator(namespace, run_name(begun), plan)
+        else:
+            versions, number = begun.versions, begun.next_version
+            steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=number)
+            lead = Coordinator(pool, steps, since=begun.since)
     except BaseException:
         links.close()
-        if begun.since is None:
+        if begun.since is None and crew.workers == 1:
             pool.end()
         raise
-    for host, memory in sorted(steps.planned_memory().items()):
-        log.info("run %d: %s is planned to need %s", begun.run, host, memory)
-    return PoolRun(Coordinator(pool, steps, since=begun.since), links, trunk)
+    return PoolRun(lead, links, trunk, name=crew.name)
 
 
 def plan_run(

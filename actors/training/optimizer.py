@@ -33,7 +33,7 @@ from ...models.training.trunk_watch import TrunkWatch
 from ...proto.errors import BadExpert, BadInput, StepLost
 from .expert_gradients import ExpertGradients
 from .training_run import Saving, TrainingRun
-from .wrapped import check_not_wrapped, check_one_process
+from .wrapped import check_not_wrapped
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,6 @@ class RunOptimizer(torch.optim.Optimizer):
         **hyperparameters: object,
     ) -> None:
         """Take a model that is a `TrainableTrunk`. Raises BadInput for what cannot be trained."""
-        check_one_process()
         check_not_wrapped(model)
         if not_finite not in ("stop", "skip"):
             raise BadInput(f'not_finite: {not_finite!r}: it must be "stop" or "skip"')

@@ -37,9 +37,9 @@ from ...proto.errors import (
     describe_error,
 )
 from ..transport.bulk.links import BulkLinks
-from .coordination import Coordination, ExpertSums, TrunkSums, Where
-from .driver import PUBLISH_S, finish
 from .giving import GivenGradients
+from .lead.coordination import Coordination, ExpertSums, TrunkSums, Where
+from .lead.driver import PUBLISH_S, finish
 from .learning import Learning
 from .saving import LoadedRun, SavedRun, shard_bytes
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ...cluster.training.orders import GroupUpdate
-from .coordination import TrunkSums
+from .lead.coordination import TrunkSums
 
 
 class Saving(Protocol):

@@ -1,25 +1,11 @@
-"""Models that are wrapped or spread over processes, which a pool's optimizer cannot train."""
+"""Models that are wrapped, which a pool's optimizer cannot train."""
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ...proto.errors import BadInput
-
-
-def check_one_process() -> None:
-    """Raise BadInput in a group of processes: each would have a run of its own over one pool."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        processes = distributed.get_world_size()
-        if processes > 1:
-            raise BadInput(
-                f"torch.distributed has {processes} processes, and one process trains a pool; "
-                "start the trainer without torchrun or accelerate launch, and use accumulation "
-                "for larger batches"
-            )
 
 
 def check_not_wrapped(model: nn.Module) -> None:

@@ -32,7 +32,7 @@ from benchmarks.hosts import NODE, HostProcess, host_processes, place
 from benchmarks.measure import write_json
 from benchmarks.random_model import save_random_model
 from moesaic.actors.router.router import Router
-from moesaic.actors.training.coordinator import Coordinator
+from moesaic.actors.training.lead.coordinator import Coordinator
 from moesaic.actors.training.learning import Learning
 from moesaic.actors.training.opening import plan_run
 from moesaic.actors.training.optimizer import RunOptimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -61,6 +62,13 @@ class RunPlan:
     tensors: Mapping[ExpertKey, Trained]
     redundancy: int = 0  # owners of a key besides the first
     exact: bool = False
+
+    @property
+    def digest(self) -> str:
+        """What all workers of a run have in common, whatever its number is by now."""
+        groups = {str(key): dict(one.groups) for key, one in sorted(self.tensors.items())}
+        how = self.optimizer, sorted(self.settings.items()), self.redundancy, self.exact
+        return hashlib.sha256(repr((self.model, how, groups)).encode()).hexdigest()
 
 
 def device_kind(entry: HostEntry) -> str:

@@ -25,12 +25,23 @@ from .orders import RunId
 RUN_LEASE_S = 30.0
 
 
+class TrainingRequest(NamedTuple):
+    """A process asks to train a model."""
+
+    model: str
+    who: str
+    # Whether it takes the place of a process that is gone.
+    succeed: bool = False
+    workers: int = 1  # that train together; all of them ask
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BegunTraining:
     """What a run has to know when it begins."""
 
     run: RunId
-    since: RunId | None  # with which it began, if it goes on with what others have done
+    first: RunId  # the number under which it began; another one, if it goes on for others
+    since: RunId | None  # the same, if this process is to go on with what they have done
     versions: WeightVersions  # of the model, as they are served
     next_version: int  # that its first step brings; each further step adds one
     redundancy: int  # how many owners of a key may be lost at once, as the spec says
@@ -90,6 +101,12 @@ class LivingRun:
     next_version: int  # which its next step brings
     steps: int = 0  # versions of it that were published
     since: RunId = 0  # the number with which it began, before others followed; 0: this one
+    workers: int = 1  # that it is meant for; with 1 the process that trains decides, too
+    entered: int = 1  # of these, so far
+
+    @property
+    def first(self) -> RunId:
+        return self.since or self.run
 
     def __str__(self) -> str:
         return f"run {self.run} ({self.who}) that trains {self.model}"
@@ -139,10 +156,11 @@ class TrainingRuns:
         who: str,
         unix_s: float,
         now: float,
+        workers: int = 1,
     ) -> LivingRun:
         """Begin to train a model; ``layers`` are published, and ``unix_s`` is the time of day.
 
-        Raises ClusterError.
+        ``workers`` are meant to take part; the others `join`. Raises ClusterError.
         """
         if self.alive is not None:
             raise ClusterError(
@@ -172,10 +190,21 @@ class TrainingRuns:
             began_at=unix_s,
             # Hosts may still have what an earlier run has brought and not published.
             next_version=self._updates.reserve(model),
+            workers=workers,
         )
         self._updates.trained_by[model] = self.last_run
         self._heard_s = self._listened(now)
         return self.alive
+
+    def join(self, asked: TrainingRequest) -> LivingRun | None:
+        """Return the run of several workers that this one belongs to; None: there is none."""
+        found, (model, who, late, workers) = self.alive, asked
+        if found is None or (found.model, found.who, found.workers) != (model, who, workers):
+            return None
+        if workers == 1 or not (late or found.entered < workers):
+            return None
+        found.entered += 1
+        return found
 
     def succeed(self, model: str, *, who: str, now: float) -> LivingRun:
         """Let another process go on with the run that lives, under the next number.
@@ -190,7 +219,7 @@ class TrainingRuns:
                 f"model {model!r}: no run that trains it lives{last}; begin a new one"
             )
         self.last_run += 1
-        found.since = found.since or found.run
+        found.since = found.first
         found.run, found.who = self.last_run, who
         self._updates.trained_by[model] = self.last_run
         if self._publication is not None:
@@ -295,7 +324,7 @@ class TrainingRuns:
         """Return whether hosts are to keep what they have of a run; 0: they have nothing."""
         alive = self.alive
         # Hosts hear of a successor after the controller.
-        return not run or (alive is not None and (alive.since or alive.run) <= run <= alive.run)
+        return not run or (alive is not None and alive.first <= run <= alive.run)
 
     def is_arriving(self, weights: ExpertVersion) -> bool:
         """Return whether a version is one that the living run brings."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from .actors.serve.launch import Progress
     from .actors.training.run import PoolRun
+    from .actors.training.run_options import RunOptions
     from .actors.trunk.trunk import PoolTrunk
     from .cluster.load.trace import Trace
     from .cluster.placement import ModelRef
@@ -394,10 +395,7 @@ class Cluster:
         model: PreTrainedModel,
         trained: TrainedTensors,
         rule: UpdateRule,
-        *,
-        redundancy: int | None,
-        exact: bool,
-        succeed: bool,
+        options: RunOptions,
     ) -> PoolRun:
         """Begin to train a model that this handle has opened. Raises BadInput and ClusterError."""
         from .actors.training.opening import open_run
@@ -417,9 +415,7 @@ class Cluster:
             trunk.layers,
             trained,
             rule,
-            redundancy=redundancy,
-            exact=exact,
-            succeed=succeed,
+            options,
         )
         self._runs = [*(one for one in self._runs if not one.is_over), run]
         return run

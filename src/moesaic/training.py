@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from .actors.training.optimizer import RunOptimizer
+from .actors.training.run_options import RunOptions, crew_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ class PoolOptimizer(RunOptimizer):
         redundancy: int | None = None,
         exact: bool = False,
         succeed: bool = False,
+        workers: int | None = None,
         **hyperparameters: object,
     ) -> None:
         """Begin to train ``model``, which `from_pretrained` or `attach` of ``cluster`` opened.
@@ -48,13 +50,17 @@ class PoolOptimizer(RunOptimizer):
         process that is gone: after its last step, with its optimizer's state; ``run.step`` is the
         number of steps that are done. Whatever the other process still sends is refused.
 
+        ``workers`` processes train together, each with a trunk of its own and a part of every step
+        (None: WORLD_SIZE of the environment, as torchrun and Ray Train set it, or one). All of them
+        make an optimizer with the same arguments, and call `step` together; ``run.number`` says
+        which of ``run.workers`` this one is. ``succeed`` takes the place of one that is gone.
+
         Raises BadInput for what cannot be trained, and ClusterError.
         """
+        options = RunOptions(redundancy, exact, succeed, crew_of(workers))
         super().__init__(
             model,
-            lambda trained, rule: cluster._open_run(
-                model, trained, rule, redundancy=redundancy, exact=exact, succeed=succeed
-            ),
+            lambda trained, rule: cluster._open_run(model, trained, rule, options),
             optimizer=optimizer,
             params=params,
             max_grad_norm=max_grad_norm,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.actors.training.coordination import TrunkSums
+from moesaic.actors.training.lead.coordination import TrunkSums
 from moesaic.actors.training.optimizer import RunOptimizer
 from moesaic.cluster.training.orders import GroupUpdate
 from moesaic.kernels.training.update_rules import UpdateRule

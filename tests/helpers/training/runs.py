@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moesaic.actors.host.host import ExpertHost
-from moesaic.actors.training.coordinator import Coordinator
+from moesaic.actors.training.lead.coordinator import Coordinator
 from moesaic.actors.training.learning import Learning
 from moesaic.actors.training.opening import plan_run
 from moesaic.actors.training.optimizer import RunOptimizer

@@ -11,7 +11,7 @@ from moesaic.actors.controller.training import Training
 from moesaic.cluster.expert_keys import ExpertVersion
 from moesaic.cluster.placement import ModelRef
 from moesaic.cluster.planner.plan import OperatorConstraints
-from moesaic.cluster.training.runs import NewsRequest
+from moesaic.cluster.training.runs import NewsRequest, TrainingRequest
 from moesaic.proto.errors import ClusterError, Superseded
 from tests.helpers.cluster.training_world import DAY_S, TrainingWorld
 
@@ -63,7 +63,7 @@ class Shell:
 async def test_a_step_from_begin_to_end() -> None:
     world = TrainingWorld()
     shell = Shell(world)
-    begun = await shell.training.begin("m", "ann")
+    begun = await shell.training.begin(TrainingRequest("m", "ann"))
     assert (begun.run, begun.next_version, begun.versions.models) == (1, 2, {})
     assert (begun.redundancy, begun.lease_s) == (0, 30.0)
     assert shell.stored, "the number is stored before anybody learns it"
@@ -88,7 +88,7 @@ async def test_a_step_from_begin_to_end() -> None:
 async def test_a_publication_that_fails_says_why() -> None:
     world = TrainingWorld(2, replicas=1)
     shell = Shell(world)
-    await shell.training.begin("m", "ann")
+    await shell.training.begin(TrainingRequest("m", "ann"))
     loop = asyncio.create_task(shell.run())
     with pytest.raises(ClusterError, match="version 2 of m: no host has it of expert"):
         await shell.training.publish(1, world.commit({"h0"}), 0.1)
@@ -98,9 +98,9 @@ async def test_a_publication_that_fails_says_why() -> None:
 async def test_a_model_that_cannot_be_trained() -> None:
     shell = Shell(TrainingWorld(), learns=False)
     with pytest.raises(ClusterError, match=r"set models\.m\.train: true in the spec"):
-        await shell.training.begin("m", "ann")
+        await shell.training.begin(TrainingRequest("m", "ann"))
     with pytest.raises(ClusterError, match="'other' does not exist"):
-        await shell.training.begin("other", "ann")
+        await shell.training.begin(TrainingRequest("other", "ann"))
 
 
 async def test_a_controller_that_rules_no_more_begins_nothing() -> None:
@@ -108,7 +108,7 @@ async def test_a_controller_that_rules_no_more_begins_nothing() -> None:
     shell = Shell(world)
     shell.rules = False
     with pytest.raises(ClusterError, match="a newer controller rules"):
-        await shell.training.begin("m", "ann")
+        await shell.training.begin(TrainingRequest("m", "ann"))
     assert world.control.training.alive is None
 
 
@@ -119,7 +119,7 @@ async def test_a_model_that_is_asleep_wakes_up(monkeypatch: pytest.MonkeyPatch) 
     assert world.control.idle_models.asleep
     shell = Shell(world)
     loop = asyncio.create_task(shell.run())
-    assert (await shell.training.begin("m", "ann")).run == 1
+    assert (await shell.training.begin(TrainingRequest("m", "ann"))).run == 1
     assert not world.control.idle_models.asleep
     loop.cancel()
 
@@ -127,7 +127,7 @@ async def test_a_model_that_is_asleep_wakes_up(monkeypatch: pytest.MonkeyPatch) 
 async def test_the_news_of_a_run() -> None:
     world = TrainingWorld(3)
     shell = Shell(world)
-    await shell.training.begin("m", "ann")
+    await shell.training.begin(TrainingRequest("m", "ann"))
     world.kill("h2")
     world.control.set_constraints(OperatorConstraints(leaving=frozenset({"h1", "h2"})))
     world.tick()
@@ -140,6 +140,6 @@ async def test_the_news_of_a_run() -> None:
     assert shell.training.news(NewsRequest(1)).old_versions == {1}, "its memory is not free yet"
     assert shell.hurries, "the sooner old versions go, the sooner there is room"
     shell.training.end(1)
-    await shell.training.begin("m", "bob")
+    await shell.training.begin(TrainingRequest("m", "bob"))
     with pytest.raises(Superseded, match=r"run 1 was followed by run 2 \(bob\)"):
         shell.training.news(NewsRequest(1))

@@ -10,11 +10,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-from ...cluster.placement import PlacementId
-from ...cluster.training.orders import Answers, Exchange, Order
-from ...cluster.training.run_plan import PoolNow
-from ...cluster.training.steps import TrainingSteps
-from ...proto.errors import (
+from ....cluster.placement import PlacementId
+from ....cluster.training.orders import Answers, Exchange, Order
+from ....cluster.training.run_plan import PoolNow
+from ....cluster.training.steps import TrainingSteps
+from ....proto.errors import (
     BadInput,
     ClusterError,
     MoesaicError,

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...cluster.expert_keys import ExpertKey
-from ...cluster.placement import HostEntry
-from ...cluster.training.contributions import Attempt
-from ...cluster.training.host_memory import HostMemory
-from ...cluster.training.orders import GroupUpdate
-from ...cluster.training.run_plan import RunPlan
-from ...cluster.training.workers import Stand, Worker
+from ....cluster.expert_keys import ExpertKey
+from ....cluster.placement import HostEntry
+from ....cluster.training.contributions import Attempt
+from ....cluster.training.host_memory import HostMemory
+from ....cluster.training.orders import GroupUpdate
+from ....cluster.training.run_plan import RunPlan
+from ....cluster.training.workers import Stand, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

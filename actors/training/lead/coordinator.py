@@ -12,15 +12,15 @@ from concurrent.futures import TimeoutError as NotInTime
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from ...cluster.expert_keys import TRUNK, ExpertKey
-from ...cluster.placement import PlacementId
-from ...cluster.training.contributions import Attempt
-from ...cluster.training.host_memory import HostMemory
-from ...cluster.training.orders import GroupUpdate, RunId
-from ...cluster.training.run_plan import RunPlan
-from ...cluster.training.steps import Squares, TrainingSteps
-from ...cluster.training.workers import Stand, Worker, Workers
-from ...proto.errors import (
+from ....cluster.expert_keys import TRUNK, ExpertKey
+from ....cluster.placement import PlacementId
+from ....cluster.training.contributions import Attempt
+from ....cluster.training.host_memory import HostMemory
+from ....cluster.training.orders import GroupUpdate, RunId
+from ....cluster.training.run_plan import RunPlan
+from ....cluster.training.steps import Squares, TrainingSteps
+from ....cluster.training.workers import Stand, Worker, Workers
+from ....proto.errors import (
     BadInput,
     CallError,
     ClusterError,
@@ -87,6 +87,11 @@ class Coordinator:
     def is_broken(self) -> bool:
         return bool(self.steps.broken)
 
+    @property
+    def workers(self) -> int:
+        """How many workers are known."""
+        return len(self._workers)
+
     def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
         with self.driver.lock:
             return self.steps.planned_memory(lent=lent)
@@ -100,6 +105,8 @@ class Coordinator:
         with self._opening(), self.driver.lock:
             if self._since is None:
                 self.driver.exchange(self.steps.open())
+                for host, memory in sorted(self.steps.planned_memory().items()):
+                    log.info("run %d: %s is planned to need %s", self.plan.run, host, memory)
                 return self._where()
             try:
                 self.driver.exchange(self.steps.succeed(self._since))

@@ -9,19 +9,19 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from ...cluster.expert_keys import ExpertKey, LayerKey
-from ...cluster.placement import LayerPlacement, PlacementId
-from ...cluster.training.orders import Answer, Order
-from ...cluster.training.run_plan import PoolNow
-from ...cluster.training.runs import NewsRequest, TrainingNews
-from ...proto.errors import (
+from ....cluster.expert_keys import ExpertKey, LayerKey
+from ....cluster.placement import LayerPlacement, PlacementId
+from ....cluster.training.orders import Answer, Order
+from ....cluster.training.run_plan import PoolNow
+from ....cluster.training.runs import NewsRequest, TrainingNews
+from ....proto.errors import (
     HostLost,
     InternalError,
     MoesaicError,
     NoAnswer,
     describe_error,
 )
-from ..runtime.ray_border import controller_of, last_line, ray_get
+from ...runtime.ray_border import controller_of, last_line, ray_get
 
 # For a question that the controller answers from what it knows.
 ASK_S = 10.0
