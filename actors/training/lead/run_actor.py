@@ -53,6 +53,8 @@ BEGIN_S = 90.0
 BACK_S = 60.0
 # How long a run waits for workers when all are gone.
 IDLE_S = 30.0
+# How long a call may take that waits for other workers.
+LONG_S = MEET_S + 60.0
 _BEAT_S = 1.0
 _ASK_S = 30.0
 _PAUSE_S = 0.2
@@ -81,20 +83,19 @@ class RayTrainingRun:
         threading.Thread(target=self._await_end, name="run-end", daemon=True).start()
 
     def call(self, what: str, *given: Any, **named: Any) -> Any:
-        """Call a method of the coordinator."""
-        return getattr(self._coordinator, what)(*given, **named)
+        """Call a method of `Coordination`, or read a property."""
+        if what == "enter":
+            return self._enter(*given)
+        found = getattr(self._coordinator, what)
+        return found(*given, **named) if callable(found) else found
 
-    def enter(self, worker: Worker, digest: str) -> Where | None:
-        """See `Coordination`. Raises BadInput for a worker that trains something else."""
+    def _enter(self, worker: Worker, digest: str) -> Where | None:
         if digest != self._digest:
             raise BadInput(
                 f"{worker.name}: the workers of a run train the same parameters, in the same "
                 "groups, with the same optimizer and settings; give all of them the same arguments"
             )
         return self._coordinator.enter(worker)
-
-    def is_broken(self) -> bool:
-        return self._coordinator.is_broken
 
     def pid(self) -> int:
         return os.getpid()
@@ -147,7 +148,7 @@ def start_run_actor(namespace: str, begun: BegunTraining, plan: RunPlan, workers
     )
 
 
-class _Unreachable(ClusterError):
+class _Unreachable(Exception):
     """The actor is gone, or being restarted."""
 
 
@@ -172,13 +173,13 @@ class RemoteCoordinator:
 
     @property
     def is_broken(self) -> bool:
-        return self._get("is_broken")
+        return self._call("is_broken")
 
     def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
         return self._call("planned_memory", lent=lent)
 
     def enter(self, worker: Worker) -> Where | None:
-        found = self._get("enter", worker, self.plan.digest, timeout_s=MEET_S)
+        found = self._call("enter", worker, self.plan.digest)
         self._beats = threading.Thread(
             target=self._beat, args=(worker,), name="training-worker", daemon=True
         )
@@ -192,10 +193,10 @@ class RemoteCoordinator:
         until = time.monotonic() + BACK_S
         while True:
             try:
-                return self._at(self._call("again", worker, timeout_s=2 * MEET_S))
-            except _Unreachable:
+                return self._at(self._ask("again", worker, timeout_s=LONG_S))
+            except _Unreachable as error:
                 if time.monotonic() >= until:
-                    raise
+                    raise ClusterError(str(error)) from error
             time.sleep(_PAUSE_S)
 
     def where(self, worker: Worker, attempt: Attempt | None = None) -> Where:
@@ -220,7 +221,7 @@ class RemoteCoordinator:
     ) -> Stand:
         before = self._step
         try:
-            return self._at(self._call("commit", worker, attempt, groups))
+            return self._at(self._ask("commit", worker, attempt, groups))
         except _Unreachable as error:
             # It may have been decided.
             stand = self.again(worker)
@@ -257,23 +258,25 @@ class RemoteCoordinator:
 
     def _meet(self, what: str, worker: Worker, attempt: Attempt, *given: Any) -> Any:
         try:
-            return self._call(what, worker, attempt, *given)
+            return self._ask(what, worker, attempt, *given)
         except _Unreachable as error:
             raise StepLost(f"{attempt} is lost: {error}") from error
 
-    def _call(
-        self, what: str, *given: Any, timeout_s: float = MEET_S + _ASK_S, **named: Any
-    ) -> Any:
-        return self._get("call", what, *given, timeout_s=timeout_s, **named)
+    def _call(self, what: str, *given: Any, timeout_s: float = LONG_S, **named: Any) -> Any:
+        try:
+            return self._ask(what, *given, timeout_s=timeout_s, **named)
+        except _Unreachable as error:
+            raise ClusterError(str(error)) from error
 
-    def _get(self, method: str, *given: Any, timeout_s: float = _ASK_S, **named: Any) -> Any:
+    def _ask(self, what: str, *given: Any, timeout_s: float = LONG_S, **named: Any) -> Any:
+        """Call a method of the actor's coordinator. Raises _Unreachable."""
         try:
             # Not kept: a handle of an actor that was ended for good answers no more.
             actor: Any = ray.get_actor(self._name, namespace=self._namespace)
         except ValueError as error:
             raise self._over or ClusterError(f"{self._name} has ended: {error}") from error
         try:
-            return ray.get(getattr(actor, method).remote(*given, **named), timeout=timeout_s)
+            return ray.get(actor.call.remote(what, *given, **named), timeout=timeout_s)
         except GetTimeoutError:
             raise ClusterError(f"{self._name} has not answered within {timeout_s:g} s") from None
         except RayTaskError as error:

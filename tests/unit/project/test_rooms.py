@@ -72,11 +72,12 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     actors/runtime actors/store actors/transport
                                     actors/transport/grpc actors/engine
                                     cluster/tracing actors/tracing
+actors/training/lead                proto cluster cluster/training actors/runtime actors/store
 actors/training                     proto kernels kernels/backward kernels/slabs
                                     kernels/training models/export models/trunk models/training
                                     cluster cluster/routing cluster/spec
                                     cluster/training actors/runtime actors/store
-                                    actors/transport/bulk actors/router
+                                    actors/transport/bulk actors/router actors/training/lead
 actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
                                     cluster/tracing
                                     actors/runtime actors/text actors/engine actors/router
