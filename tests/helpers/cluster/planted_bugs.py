@@ -27,9 +27,11 @@ class Done:
     broken: str = ""
 
 
-def run_seed(seed: int, settings: Mapping[str, Any]) -> Done:
+def run_seed(
+    seed: int, settings: Mapping[str, Any], kind: type[TrainingWorld] = TrainingWorld
+) -> Done:
     """Train under faults and without them afterwards. Raises Violation."""
-    world = TrainingWorld(seed, **settings)
+    world = kind(seed, **settings)
     try:
         world.train(STEPS, ATTEMPTS)
         world.calm_down()
@@ -66,13 +68,14 @@ def find(
     scenarios: Mapping[str, Callable[[], TrainingWorld]],
     seeds: int,
     patch: pytest.MonkeyPatch,
+    kind: type[TrainingWorld] = TrainingWorld,
 ) -> None:
     """Plant a bug, and fail unless its world or scenario shows it."""
     bug.plant(patch)
     for seed in range(seeds if bug.where in worlds else 1):
         try:
             if bug.where in worlds:
-                run_seed(seed, worlds[bug.where])
+                run_seed(seed, worlds[bug.where], kind)
             else:
                 scenarios[bug.where]()
         except Violation as violation:

@@ -27,6 +27,7 @@ class Faults:
     frozen: float = 0.01
     interrupted: float = 0.0  # the shell leaves an exchange
     killed: float = 0.0  # the process that decides is gone, or only seems to be, before an order
+    worker_gone: float = 0.0  # a worker is gone, or only seems to be, before an action
     pool_changes: float = 0.15  # between two actions of the user: hosts come, leave, are drained
     one_at_a_time: bool = False  # no host is lost until what another one owned has owners again
     idle_only: bool = False  # only hosts that own nothing are lost
