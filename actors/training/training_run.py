@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -103,6 +103,10 @@ class TrainingRun(Protocol):
         The experts of the layers in ``skipped`` keep their values and their state. With groups of
         None this worker has no gradients, and goes along with the others.
         """
+        ...
+
+    def total(self, name: str, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of the workers' numbers; ``name`` is used once in an attempt."""
         ...
 
     def drop(self) -> None:

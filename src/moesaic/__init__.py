@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .connecting import connect
     from .handle import Cluster
     from .models.upcycling.upcycle import upcycle
-    from .proto.errors import MoesaicError
+    from .proto.errors import MoesaicError, StepLost
     from .starting import up
     from .traces import read_trace, write_trace
     from .training import PoolOptimizer
@@ -60,6 +60,7 @@ __all__ = [
     "RouterClient",
     "ScalingReport",
     "Spec",
+    "StepLost",
     "WeightUpdateReport",
     "check_spec",
     "connect",
@@ -91,6 +92,7 @@ _HOMES = {
     "RouterClient": "clients.router_client",
     "ScalingReport": "cluster.reports.scaling",
     "Spec": "cluster.spec.spec",
+    "StepLost": "proto.errors",
     "WeightUpdateReport": "cluster.reports.updates",
     "check_spec": "about",
     "connect": "connecting",
