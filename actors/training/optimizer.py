@@ -164,6 +164,8 @@ class RunOptimizer(torch.optim.Optimizer):
                 loss = closure()
         run = self.run
         self._check_unchanged()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise BadInput(f"weight: {weight}: it must be finite and not negative")
         layers, trunk = self._experts.layers(), self._trunk_gradients()
         if run.workers == 1 and not layers and not trunk:
             self._experts.drop()
@@ -175,6 +177,8 @@ class RunOptimizer(torch.optim.Optimizer):
             if not (experts or sums.squares):
                 self._experts.drop()
                 return loss
+            if not sums.weight:
+                raise BadInput("no worker has a weight above 0, and so the step has no mean")
             if bad := self._names_not_finite(experts, sums.squares):
                 return self._not_applied(bad, loss)
             squares = {name: square / sums.weight**2 for name, square in sums.squares.items()}

@@ -148,10 +148,23 @@ def test_a_model_in_memory_learns(pool: Cluster) -> None:
     assert found[-1] < found[0]
 
 
-@pytest.mark.parametrize("script", ["loop", pytest.param("trainer", marks=pytest.mark.slow)])
-def test_an_example_trains(pool: Cluster, script: str, tmp_path: Path) -> None:
+TORCHRUN = "-m", "torch.distributed.run", "--nproc-per-node", "2"
+
+
+@pytest.mark.parametrize(
+    ("script", "within"),
+    [
+        ("loop", ()),
+        ("workers", TORCHRUN),
+        pytest.param("trainer", (), marks=pytest.mark.slow),
+    ],
+)
+def test_an_example_trains(
+    pool: Cluster, script: str, within: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = ROOT / "examples" / "train" / f"{script}.py"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "train" / f"{script}.py"), pool.name, "2"],
+        [sys.executable, *within, str(path), pool.name, "2"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -160,3 +173,4 @@ def test_an_example_trains(pool: Cluster, script: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    wait_until(lambda: pool.status().training is None)

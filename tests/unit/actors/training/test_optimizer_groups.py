@@ -199,11 +199,16 @@ def test_copies_of_data_parallel_are_refused(run: InProcessRun) -> None:
             replica(torch.ones(1, 3).long())
 
 
-def test_several_processes_are_refused(run: InProcessRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(BadInput, match=r"torch.distributed has 2 processes"), training(run):
-        pass
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_cannot_divide_is_refused(run: InProcessRun, weight: float) -> None:
+    with training(run, **LR) as optimizer:
+        learn(run)
+        with pytest.raises(BadInput, match=f"weight: {weight}: it must be finite and not negative"):
+            optimizer.step(weight=weight)
+        with pytest.raises(BadInput, match="no worker has a weight above 0"):
+            optimizer.step(weight=0.0)
+        optimizer.step(weight=2.0)
+        assert run.step == 1
 
 
 def test_a_second_optimizer(start: Any, run: InProcessRun) -> None:
