@@ -124,8 +124,10 @@ class RunTensors:
             self._owns(key, groups, *at)
 
     def disown(self, key: ExpertKey) -> None:
-        """Forget a key, if it is owned."""
+        """Forget a key, if it is owned, and what was put here for it."""
         with self._holding():
+            for place in [place for place in self._given if place[0] == key]:
+                del self._given[place]
             if key in self.owned:
                 self.owned.disown(key)
                 del self._groups[key], self._versions[key]

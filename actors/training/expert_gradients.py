@@ -48,9 +48,26 @@ class ExpertGradients:
 
     def drop(self) -> None:
         """Let hosts forget what they have added up, if that is anything."""
-        if self._asked or self._learned or self._run.has_gradients:
+        if self._has_some or not self._run.is_open:
             self._run.drop()
         self._begin()
+
+    @property
+    def _has_some(self) -> bool:
+        return self._asked or bool(self._learned) or self._run.has_gradients
+
+    def _drop_unasked(self) -> None:
+        """Do what `drop` does. Raises StepLost if that changes this worker's part of the step."""
+        run = self._run
+        before = run.step, run.number, run.workers
+        if self._has_some:
+            run.drop()
+        self._begin()
+        if (run.step, run.number, run.workers) != before:
+            raise StepLost(
+                f"{run.workers} workers take part from now on, and this is number {run.number} of "
+                "them; call zero_grad(), and compute this worker's part of the step anew"
+            )
 
     def before_forward(self, *, trunk_has_some: bool) -> None:
         """Notice dropped gradients. Raises BadInput if none can be added to those that there are.
@@ -60,7 +77,7 @@ class ExpertGradients:
         standing = [one for one in self._stand_ins if one.parameter.requires_grad]
         have = {one.layer for one in standing if self._is_current(one)}
         if not have and (standing or not trunk_has_some):
-            self.drop()
+            self._drop_unasked()
             return
         if gone := {one.layer for one in standing if one.layer in self._learned} - have:
             raise BadInput(

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ...cluster.expert_keys import TRUNK, ExpertKey
 from ...cluster.placement import HostEntry
-from ...cluster.training.orders import BulkKey, GroupUpdate
+from ...cluster.training.orders import BulkKey, GroupUpdate, RunId
 from ...cluster.training.workers import Stand, Worker
 from ...cluster.versions import WeightVersions
 from ...models.export.plan import plan_export
@@ -34,6 +34,7 @@ from ...proto.errors import (
     ClusterError,
     MoesaicError,
     StepLost,
+    Superseded,
     describe_error,
 )
 from ..transport.bulk.links import BulkLinks
@@ -106,8 +107,9 @@ class PoolRun:
             self._where = lead.enter(self._worker)
             if self._where is not None:
                 self._each(self._blocks, self._put_weights)
+                self._has = self._where.versions
                 lead.own(self._worker)
-            self._begin(lead.again(self._worker), has=self._where is not None)
+            self._begin(lead.again(self._worker))
             # Before Ray ends with the process: a thread that asks Ray then would crash it.
             atexit.register(self.close)
         except BaseException:
@@ -151,9 +153,13 @@ class PoolRun:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether `drop` has something to do: gradients are there, or the attempt is over."""
-        learning = self._trunk.learning
-        return bool(learning.layers) or self._sums is not None or not learning.is_open
+        """Whether gradients were added up since the last step, or since they were dropped."""
+        return bool(self._trunk.learning.layers) or self._sums is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the attempt goes on, so that there is something to add up to."""
+        return self._trunk.learning.is_open
 
     def squares(self) -> Mapping[tuple[int, str], float]:
         """Return the sum of squares of the experts' gradients, by layer and name in the pool.
@@ -204,7 +210,8 @@ class PoolRun:
                 "be left out of the step; set them to None before the norm is taken"
             )
         assert self._given_trunk, "the trunk comes first"
-        with self._attempt():
+        # What is lost before the step is applied, the lead says itself.
+        with self._attempt(converts=False):
             self._await_saving()
             stand = self._lead.commit(self._worker, self._now.attempt, groups)
         self._begin(stand)
@@ -219,7 +226,8 @@ class PoolRun:
 
     def total(self, name: str, numbers: Sequence[float]) -> list[float]:
         """Return the sums of the workers' numbers; ``name`` is used once in an attempt."""
-        return self._lead.total(self._worker, self._now.attempt, name, numbers)
+        with self._attempt():
+            return self._lead.total(self._worker, self._now.attempt, name, numbers)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -257,9 +265,10 @@ class PoolRun:
         loaded.check_frozen()
         self._await_saving()
         self._trunk.learning.end("a checkpoint is taken over")
-        self._where = self._lead.forget(self._worker)
-        for key in sorted(self._plan.tensors)[self.number :: self.workers]:
-            self._put(BulkKey("state", key, run=self.run), loaded.state(key))
+        restoring = self._lead.forget(self._worker, checkpoint.digest)
+        self._where = restoring.where
+        for key in sorted(self._plan.tensors)[restoring.number :: restoring.workers]:
+            self._put(BulkKey("state", key, run=restoring.where.run), loaded.state(key))
         stand = self._lead.take_over(self._worker, checkpoint.step)
         loaded.copy_frozen()
         self._begin(stand)
@@ -291,14 +300,14 @@ class PoolRun:
         assert self._stand is not None, "no attempt has begun"
         return self._stand
 
-    def _begin(self, stand: Stand, *, has: bool = False) -> None:
-        """Begin with an attempt; the trunk gets its weights, unless it ``has`` them."""
+    def _begin(self, stand: Stand) -> None:
+        """Begin with an attempt; the trunk gets its weights, unless it has them."""
         self._stand, self._where = stand, None
         self._sums, self._given_trunk, self._lost = None, False, ""
         learning = self._trunk.learning
         if stand.placed is not None:
             learning.router.wait_placed(stand.placed, PUBLISH_S)
-        if not has and stand.versions != self._has:
+        if stand.versions != self._has:
             self._each(self._blocks, self._get_weights)
         self._has = stand.versions
         if not stand.lost and not self._given.may_be_overwritten(stand.members):
@@ -310,8 +319,11 @@ class PoolRun:
             learning.begin(stand.attempt)
 
     @contextmanager
-    def _attempt(self) -> Iterator[None]:
-        """Let any error end the attempt here, because gradients may be gone with it."""
+    def _attempt(self, *, converts: bool = True) -> Iterator[None]:
+        """Let any error end the attempt here, because gradients may be gone with it.
+
+        With ``converts`` it becomes a StepLost.
+        """
         if self._lost:
             raise StepLost(self._lost)
         try:
@@ -320,8 +332,9 @@ class PoolRun:
             why = f"{self._now.attempt} is lost: {describe_error(error)}"
             self._lost = f"{why}; the weights are those of the last step"
             self._trunk.learning.end(f"{why}; call zero_grad() to try again")
-            ours = isinstance(error, MoesaicError) and not isinstance(error, StepLost | BadInput)
-            if ours and not self._lead.is_broken:
+            final = isinstance(error, StepLost | BadInput | Superseded)
+            ours = isinstance(error, MoesaicError) and not final
+            if converts and ours and not self._lead.is_broken:
                 raise StepLost(self._lost) from error
             raise
 
@@ -370,12 +383,12 @@ class PoolRun:
         self, kind: Literal["weights", "state"], key: ExpertKey
     ) -> Iterator[Mapping[str, Tensor]]:
         """Return tensors of a key after the last commit, from the first host that answers."""
-        now = self._now
-        wanted = BulkKey(kind, key, version=now.versions.of(key), run=self.run)
         error: MoesaicError | None = None
         # Things move between two commits, while a checkpoint is written.
         for again in (False, True):
-            for entry in self._having(kind, key, again=again):
+            entries, versions, run = self._having(kind, key, again=again)
+            wanted = BulkKey(kind, key, version=versions.of(key), run=run)
+            for entry in entries:
                 with ExitStack() as stack:
                     try:
                         found = stack.enter_context(
@@ -390,15 +403,19 @@ class PoolRun:
 
     def _having(
         self, kind: Literal["weights", "state"], key: ExpertKey, *, again: bool
-    ) -> Sequence[HostEntry]:
-        """Return the hosts that have tensors of a key; ``again``: as it is now."""
+    ) -> tuple[Sequence[HostEntry], WeightVersions, RunId]:
+        """Return the hosts that have tensors of a key, and under which numbers.
+
+        ``again``: as it is now.
+        """
         trunk = self._now.trunk.get(key) if kind == "weights" else None
         if trunk is not None and not again:
-            return trunk
+            return trunk, self._now.versions, self.run
         where = self._where
         if where is None or again:
             where = self._where = self._lead.where(self._worker)
-        return where.having[key] if kind == "weights" else where.owning[key]
+        hosts = where.having[key] if kind == "weights" else where.owning[key]
+        return hosts, where.versions, where.run
 
     def _each(self, keys: Iterable[ExpertKey], act: Callable[[ExpertKey], None]) -> None:
         """Do something with keys side by side; raise the first error."""

@@ -65,11 +65,12 @@ class TrainingRun(Protocol):
 
     @property
     def has_gradients(self) -> bool:
-        """Whether `drop` has something to do.
+        """Whether a backward call began since the last commit or `drop`, even one that failed."""
+        ...
 
-        That is after a backward call began, even one that failed, until the commit, and where the
-        attempt is over.
-        """
+    @property
+    def is_open(self) -> bool:
+        """Whether the attempt goes on, so that there is something to add up to."""
         ...
 
     def listen(self, learned: Callable[[int], None]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...proto.errors import Superseded
+from ...proto.errors import BadInput, Superseded
 from ..expert_keys import ExpertKey
 from ..placement import HostEntry, PlacementId
 from ..versions import WeightVersions
@@ -48,7 +48,7 @@ class Stand:
 class _Known:
     token: int
     heard: float
-    waits: bool = True  # for the next attempt
+    waits: bool  # for the next attempt
 
 
 class Workers:
@@ -66,15 +66,16 @@ class Workers:
     def __len__(self) -> int:
         return len(self._known)
 
+    def enter(self, worker: Worker, now: float) -> None:
+        """Take note of a worker that is about to take part. Raises Superseded as `wait`."""
+        self._note(worker, now, waits=False)
+
     def wait(self, worker: Worker, now: float) -> None:
         """Let a worker wait for the next attempt: it is new, or has given up the one under way.
 
         Raises Superseded for a process whose name another one has by now.
         """
-        self._check(worker)
-        if (known := self._known.get(worker.name)) is not None and known.token != worker.token:
-            self._replaced.add(known.token)
-        self._known[worker.name] = _Known(worker.token, now)
+        self._note(worker, now, waits=True)
 
     def hear(self, worker: Worker, now: float) -> None:
         """Take note that a worker lives. Raises Superseded as `wait`."""
@@ -82,11 +83,13 @@ class Workers:
         if (known := self._known.get(worker.name)) is not None:
             known.heard = now
 
-    def leave(self, worker: Worker) -> None:
-        """Forget a worker, which does not take part any more."""
+    def leave(self, worker: Worker) -> bool:
+        """Forget a worker, which does not take part any more; return whether it was known."""
         known = self._known.get(worker.name)
-        if known is not None and known.token == worker.token:
-            del self._known[worker.name]
+        if known is None or known.token != worker.token:
+            return False
+        del self._known[worker.name]
+        return True
 
     def expire(self, now: float) -> list[str]:
         """Forget the workers that were not heard for too long; return them."""
@@ -120,10 +123,15 @@ class Workers:
         """Take note that a worker has come to a point; it may say so again.
 
         Return what each worker brings when all have come, sorted by their names; otherwise None.
+        Raises BadInput if it says something else than before.
         """
         assert self.takes_part(worker), worker
         there = self._meetings.setdefault(where, {})
-        there[worker.name] = brings
+        if there.setdefault(worker.name, brings) != brings:
+            raise BadInput(
+                f"{where}: {worker.name} has said {there[worker.name]} in this attempt, and says "
+                f"{brings} now; each question is asked once in an attempt"
+            )
         return dict(sorted(there.items())) if len(there) == len(self.part) else None
 
     # ---- the next one ---------------------------------------------------------------------------
@@ -143,11 +151,22 @@ class Workers:
 
     def begin(self) -> None:
         """Take note that an attempt has begun; all that wait for it take part."""
-        self._take_part(name for name, one in self._known.items() if one.waits)
+        self._take_part([name for name, one in self._known.items() if one.waits])
 
-    def gather(self) -> None:
-        """Let all that are known take part, as the attempt under way does not matter any more."""
-        self._take_part(self._known)
+    @property
+    def has_enough(self) -> bool:
+        """Whether those that wait are as many as the run wants."""
+        return sum(one.waits for one in self._known.values()) >= max(self.least, 1)
+
+    def gather(self, caller: Worker) -> None:
+        """Let all that do not wait take part, as the attempt under way does not matter any more."""
+        if caller.name in self._known:
+            self._known[caller.name].waits = False
+        self._take_part([name for name, one in self._known.items() if not one.waits])
+
+    def end_meeting(self, where: str) -> None:
+        """Let a meeting begin anew, should anybody come."""
+        self._meetings.pop(where, None)
 
     def fail(self) -> None:
         """No attempt could begin: whoever wants one waits for it anew."""
@@ -160,6 +179,12 @@ class Workers:
         self.part = tuple(sorted(names))
         for name in self.part:
             self._known[name].waits = False
+
+    def _note(self, worker: Worker, now: float, *, waits: bool) -> None:
+        self._check(worker)
+        if (known := self._known.get(worker.name)) is not None and known.token != worker.token:
+            self._replaced.add(known.token)
+        self._known[worker.name] = _Known(worker.token, now, waits)
 
     def _check(self, worker: Worker) -> None:
         if worker.token in self._replaced:

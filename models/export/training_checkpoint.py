@@ -6,6 +6,7 @@ its files, and its checksum says whether the tensors are those that were written
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +60,12 @@ class TrainingCheckpoint:
     @property
     def step(self) -> int:
         return self._manifest.step
+
+    @property
+    def digest(self) -> str:
+        """What tells checkpoints apart: all that is in them."""
+        files = sorted((name, repr(one)) for name, one in self._manifest.files.items())
+        return hashlib.sha256(repr((self.step, files)).encode()).hexdigest()
 
     @property
     def run(self) -> Mapping[str, Any]:

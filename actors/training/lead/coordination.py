@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ....cluster.expert_keys import ExpertKey
 from ....cluster.placement import HostEntry
 from ....cluster.training.contributions import Attempt
 from ....cluster.training.host_memory import HostMemory
-from ....cluster.training.orders import GroupUpdate
+from ....cluster.training.orders import GroupUpdate, RunId
 from ....cluster.training.run_plan import RunPlan
 from ....cluster.training.workers import Stand, Worker
+from ....cluster.versions import WeightVersions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Where:
-    """The hosts that have what a run trains."""
+    """The hosts that have what a run trains, after the last commit."""
 
+    run: RunId  # as hosts know it now
+    versions: WeightVersions  # of the weights
     owning: Mapping[ExpertKey, tuple[HostEntry, ...]]  # the state and the masters
     having: Mapping[ExpertKey, tuple[HostEntry, ...]]  # the weights
+
+
+class Restoring(NamedTuple):
+    """A worker's part in taking over a checkpoint."""
+
+    where: Where  # its state is to be put
+    number: int  # of this worker, from 0 on
+    workers: int  # that take it over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,13 +114,17 @@ class Coordination(Protocol):
     def total(
         self, worker: Worker, attempt: Attempt, name: str, numbers: Sequence[float]
     ) -> list[float]:
-        """Meet: return the sums of the workers' numbers; ``name`` is used once in an attempt."""
+        """Meet: return the sums of the workers' numbers; ``name`` is used once in an attempt.
+
+        Raises BadInput if they are not equally many.
+        """
         ...
 
-    def forget(self, worker: Worker) -> Where:
+    def forget(self, worker: Worker, checkpoint: str) -> Restoring:
         """Meet: let owners forget their state. Workers put a checkpoint's in its place.
 
-        Nothing else goes on meanwhile, whatever has become of the attempt.
+        Nothing else goes on meanwhile, whatever has become of the attempt. Raises BadInput if they
+        have different checkpoints.
         """
         ...
 

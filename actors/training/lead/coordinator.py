@@ -24,10 +24,11 @@ from ....proto.errors import (
     BadInput,
     CallError,
     ClusterError,
+    MoesaicError,
     StepLost,
     describe_error,
 )
-from .coordination import ExpertSums, TrunkSums, Where
+from .coordination import ExpertSums, Restoring, TrunkSums, Where
 from .driver import PUBLISH_S, RunDriver, TrainingPool
 
 log = logging.getLogger(__name__)
@@ -55,13 +56,14 @@ class Coordinator:
         With ``since`` it goes on with what this run began, in the place of a process that is gone.
         """
         self.steps = steps
-        self.driver = RunDriver(pool, steps, beside=self._look)
+        self.driver = RunDriver(pool, steps, beside=self._look, ended=self._tell_all)
         self._pool = pool
         self._since = since
         self._clock = clock
         self._workers = Workers(lease_s=math.inf) if workers is None else workers
         self._room: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="room")
+        self._waiting = ThreadPoolExecutor(1, thread_name_prefix="room")
+        self._beginning = ThreadPoolExecutor(1, thread_name_prefix="begins")
         self._served = steps.versions
         self._placed: PlacementId | None = None
         # Of the four below, and of `_workers`. Whoever holds it waits for nothing.
@@ -98,6 +100,7 @@ class Coordinator:
 
     def enter(self, worker: Worker) -> Where | None:
         with self._lock:
+            self._workers.enter(worker, self._clock())
             if self._entered is not None:
                 return None
             self._entered = worker
@@ -115,7 +118,7 @@ class Coordinator:
             except BaseException as error:
                 # Hosts keep what they have for whoever tries next.
                 why = f"run {self.plan.run} has not begun: {describe_error(error)}"
-                self.driver.over = ClusterError(why)
+                self.driver.finish(ClusterError(why))
                 raise
         self._may_begin()
         return None
@@ -143,8 +146,10 @@ class Coordinator:
 
     def leave(self, worker: Worker) -> None:
         with self._lock:
-            self._workers.leave(worker)
+            if not self._workers.leave(worker):
+                return
             self._note_missing()
+            self._note_gone([worker.name])
             last = not len(self._workers)
         if last:
             self.end()
@@ -154,8 +159,10 @@ class Coordinator:
     def end(self) -> None:
         """End the run; hosts forget what they own for it, and keep the weights."""
         self.driver.stop()
-        self._thread.shutdown(cancel_futures=True)
-        self.driver.end()
+        self._waiting.shutdown(cancel_futures=True)
+        self._beginning.shutdown(cancel_futures=True)
+        with self.driver.lock:
+            self.driver.end()
 
     # ---- attempts -------------------------------------------------------------------------------
 
@@ -180,7 +187,7 @@ class Coordinator:
         steps = self.steps
         with self._lock:
             part, takes_part = self._workers.part, self._workers.takes_part(worker)
-            silent = "" if takes_part else f"{worker.name} was not heard in time"
+            silent = "" if takes_part else "workers are missing"
             return Stand(
                 attempt=steps.attempt,
                 step=steps.step,
@@ -227,9 +234,18 @@ class Coordinator:
     def _is_due(self) -> bool:
         return self._owned and self._workers.may_begin
 
-    def _let_begin(self) -> None:
-        """Let the workers that wait take part in the attempt that has begun."""
+    def _let_begin(self, *, stay: bool = False) -> None:
+        """Let the workers that wait take part in the attempt that has begun.
+
+        With ``stay`` those of the attempt before do, too, unless all of them are too few.
+        """
         with self._lock:
+            if stay:
+                self._workers.stay()
+                if not self._workers.has_enough:
+                    self._workers.fail()
+                    self._meetings = {}
+                    return
             self._workers.begin()
             self._meetings = {}
             begun, self._next = self._next, Future()
@@ -262,11 +278,22 @@ class Coordinator:
                 return
             log.warning("run %d: %s: gone", self.plan.run, ", ".join(gone))
             self._note_missing()
-            if not self._owned and self._entered is not None and self._entered.name in gone:
-                self._not_begun = ClusterError(f"{self._entered.name} is gone before it had begun")
-                self._end_waiting(self._not_begun)
-                return
-        self._advance()
+            self._note_gone(gone)
+        # In another thread: hosts may be slow to begin, and this one keeps the lease.
+        self._beginning.submit(self._advance)
+
+    def _note_gone(self, names: Sequence[str]) -> None:
+        """Let the others hear of it if the one that gives the weights is gone; the lock is held."""
+        first = self._entered
+        if first is not None and first.name in names and not (self._owned or self._not_begun):
+            self._not_begun = ClusterError(f"{first.name} is gone before it had begun")
+            self._end_waiting(self._not_begun)
+
+    def _tell_all(self, why: MoesaicError) -> None:
+        """Let all that wait hear that the run is over."""
+        with self._lock:
+            self._end_meetings(why)
+            self._end_waiting(why)
 
     # ---- meetings -------------------------------------------------------------------------------
 
@@ -287,7 +314,7 @@ class Coordinator:
             if attempt is not None:
                 self._check(attempt)
             elif not self._workers.part or self._workers.missing:
-                self._workers.gather()
+                self._workers.gather(worker)
                 self._meetings = {}
             if not self._workers.takes_part(worker):
                 raise StepLost(f"{worker.name} takes part in no attempt: call zero_grad()")
@@ -305,6 +332,11 @@ class Coordinator:
                     meeting.set_result(act(brought))
             except BaseException as error:
                 meeting.set_exception(error)
+            if attempt is None:
+                # It may be tried again; who is still waiting has its result.
+                with self._lock:
+                    self._workers.end_meeting(where)
+                    self._meetings.pop(where, None)
         return _result(meeting, "the other workers")
 
     def _check(self, attempt: Attempt) -> None:
@@ -332,6 +364,8 @@ class Coordinator:
     def _where(self) -> Where:
         steps = self.steps
         return Where(
+            run=self.plan.run,
+            versions=steps.versions,
             owning={key: tuple(steps.owning(key)) for key in self.plan.tensors},
             having={key: tuple(steps.having(key)) for key in self.plan.tensors},
         )
@@ -350,7 +384,7 @@ class Coordinator:
             given = {name: keys for name, (_, keys) in brought.items()}
             found = self.steps.reduce_experts(every - learned, put=given)
             sums = _expert_sums(self.driver.exchange(found))
-            self._room = self._thread.submit(self.driver.await_room)
+            self._room = self._waiting.submit(self.driver.await_room)
             return sums
 
         return self._meet(worker, attempt, "experts", (layers, put), self._act(act))
@@ -389,30 +423,36 @@ class Coordinator:
         """Begin the next attempt with all that take part in this one, and those that wait."""
         self._publish()
         self.driver.exchange(self.steps.begin())
-        with self._lock:
-            self._workers.stay()
-        self._let_begin()
+        self._let_begin(stay=True)
 
     def total(
         self, worker: Worker, attempt: Attempt, name: str, numbers: Sequence[float]
     ) -> list[float]:
         def act(brought: Mapping[str, Sequence[float]]) -> list[float]:
+            if len({len(numbers) for numbers in brought.values()}) > 1:
+                raise BadInput(f"total {name!r}: the workers' numbers are not equally many")
             return [math.fsum(column) for column in zip(*brought.values(), strict=True)]
 
         return self._meet(worker, attempt, f"total {name}", tuple(numbers), self._act(act))
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
-    def forget(self, worker: Worker) -> Where:
-        def act(_: Mapping[str, None]) -> Where:
+    def forget(self, worker: Worker, checkpoint: str) -> Restoring:
+        def act(brought: Mapping[str, str]) -> tuple[Where, list[str]]:
+            if len(set(brought.values())) > 1:
+                raise BadInput(
+                    f"the workers have different checkpoints: {dict(brought)}; give all of them "
+                    "the same one"
+                )
             if self.steps.versions != self._served:
                 # A checkpoint was taken over in part; hosts have room when it is gone.
                 self._pool.now(skip=self.steps.versions.models[self.plan.model])
                 self.driver.await_room()
             self.driver.exchange(self.steps.forget(self._pool.now()))
-            return self._where()
+            return self._where(), list(brought)
 
-        return self._meet(worker, None, "forget", None, act)
+        where, names = self._meet(worker, None, "forget", checkpoint, act)
+        return Restoring(where, names.index(worker.name), len(names))
 
     def take_over(self, worker: Worker, step: int) -> Stand:
         def act(_: Mapping[str, None]) -> None:
@@ -447,6 +487,11 @@ def _agreed(
     if not said:
         raise CallError("commit: no worker has gradients, so none says how to apply them")
     first = next(iter(said))
+    for index, group in said[first].items():
+        if not (math.isfinite(group.coefficient) and group.coefficient >= 0):
+            raise BadInput(
+                f"group {index}: its gradients cannot be multiplied by {group.coefficient}"
+            )
     for name, groups in said.items():
         if groups != said[first]:
             raise BadInput(
@@ -460,4 +505,6 @@ def _result(future: Future[T], whom: str) -> T:
     try:
         return future.result(MEET_S)
     except NotInTime:
+        if future.done():
+            raise  # what was waited for has said so
         raise StepLost(f"{whom} did not come within {MEET_S:g} s") from None

@@ -17,6 +17,7 @@ from ....cluster.training.steps import TrainingSteps
 from ....proto.errors import (
     BadInput,
     ClusterError,
+    InternalError,
     MoesaicError,
     StepLost,
     Superseded,
@@ -70,11 +71,16 @@ class RunDriver:
     """
 
     def __init__(
-        self, pool: TrainingPool, steps: TrainingSteps, beside: Callable[[], None] = lambda: None
+        self,
+        pool: TrainingPool,
+        steps: TrainingSteps,
+        *,
+        beside: Callable[[], None],
+        ended: Callable[[MoesaicError], None],
     ) -> None:
         """``start`` starts the thread, and ``end`` ends it and the run.
 
-        The thread calls ``beside`` again and again.
+        The thread calls ``beside`` again and again. ``ended`` is told why the run is over.
         """
         self.lock = threading.Lock()
         self.over: MoesaicError | None = None  # why the run takes no more orders
@@ -82,6 +88,7 @@ class RunDriver:
         self.steps = steps
         self.follows = False  # whether owners follow hosts: they have begun
         self._beside = beside
+        self._ended = ended
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="training-run", daemon=True)
 
@@ -102,14 +109,17 @@ class RunDriver:
                 self.pool.end()
             except MoesaicError as error:
                 log.warning("run %d could not be ended: %s", self.steps.plan.run, error)
-            self.over = ClusterError("the training run was closed")
+            self.finish(ClusterError("the training run was closed"))
+
+    def finish(self, why: MoesaicError) -> None:
+        """Take no more orders."""
+        self.over = self.over or why
+        self._ended(why)
 
     def check(self) -> None:
         """Raise the error with which the run has ended."""
         if self.over is not None:
             raise self.over
-        if self._keeper.ident is not None and not self._keeper.is_alive():
-            raise ClusterError("the thread that keeps the run's lease has ended; see the log")
 
     def exchange(
         self,
@@ -131,7 +141,7 @@ class RunDriver:
                 answers = self.pool.order(orders, timeout_s) if orders else {}
                 for answer in answers.values():
                     if isinstance(answer, Superseded):
-                        self.over = answer
+                        self.finish(answer)
                         raise answer
                 finish(beside)
 
@@ -144,7 +154,7 @@ class RunDriver:
             raise
         except BaseException as error:
             lost = self.steps.lose(describe_error(error))
-            ours = isinstance(error, MoesaicError) and not isinstance(error, BadInput)
+            ours = isinstance(error, MoesaicError) and not isinstance(error, BadInput | Superseded)
             if ours and not self.steps.broken:
                 raise lost from error
             raise
@@ -156,10 +166,14 @@ class RunDriver:
                 self._beside()
                 self.look()
             except Superseded as error:
-                self.over = error
+                self.finish(error)
                 return
             except MoesaicError as error:
                 log.warning("run %d: %s", self.steps.plan.run, describe_error(error))
+            except Exception as error:
+                log.exception("run %d: its lease is kept no more", self.steps.plan.run)
+                self.finish(InternalError(f"the run's lease is not kept: {describe_error(error)}"))
+                return
 
     def look(self) -> None:
         now = self.pool.now()

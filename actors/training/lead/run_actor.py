@@ -41,7 +41,7 @@ from ...runtime.log_settings import log_runtime_env
 from ...runtime.process_log import begin_process
 from ...runtime.ray_border import cluster_of, controller_of, last_line, ray_get
 from ...store.durable_state import stored_deployment
-from .coordination import ExpertSums, TrunkSums, Where
+from .coordination import ExpertSums, Restoring, TrunkSums, Where
 from .coordinator import MEET_S, Coordinator
 from .ray_pool import RayTrainingPool
 
@@ -179,12 +179,12 @@ class RemoteCoordinator:
         return self._call("planned_memory", lent=lent)
 
     def enter(self, worker: Worker) -> Where | None:
-        found = self._call("enter", worker, self.plan.digest)
+        # Before: it is known from the beginning of the call on.
         self._beats = threading.Thread(
             target=self._beat, args=(worker,), name="training-worker", daemon=True
         )
         self._beats.start()
-        return found
+        return self._call("enter", worker, self.plan.digest)
 
     def own(self, worker: Worker) -> None:
         self._call("own", worker)
@@ -234,8 +234,8 @@ class RemoteCoordinator:
     ) -> list[float]:
         return self._meet("total", worker, attempt, name, numbers)
 
-    def forget(self, worker: Worker) -> Where:
-        return self._call("forget", worker)
+    def forget(self, worker: Worker, checkpoint: str) -> Restoring:
+        return self._call("forget", worker, checkpoint)
 
     def take_over(self, worker: Worker, step: int) -> Stand:
         return self._at(self._call("take_over", worker, step))
@@ -274,7 +274,8 @@ class RemoteCoordinator:
             # Not kept: a handle of an actor that was ended for good answers no more.
             actor: Any = ray.get_actor(self._name, namespace=self._namespace)
         except ValueError as error:
-            raise self._over or ClusterError(f"{self._name} has ended: {error}") from error
+            self._over = self._over or ClusterError(f"{self._name} has ended: {error}")
+            raise self._over from error
         try:
             return ray.get(actor.call.remote(what, *given, **named), timeout=timeout_s)
         except GetTimeoutError:

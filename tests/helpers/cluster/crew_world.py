@@ -11,7 +11,7 @@ from typing import Any
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.training.contributions import Attempt, Part
 from moesaic.cluster.training.workers import Worker, Workers
-from moesaic.proto.errors import MoesaicError, StepLost
+from moesaic.proto.errors import BadInput, MoesaicError, StepLost
 from tests.helpers.cluster.steps_world import GROUPS, LAYERS, TrainingWorld
 from tests.helpers.cluster.training_host import Violation
 from tests.helpers.cluster.training_hosts import Interrupted, Killed
@@ -163,7 +163,10 @@ class CrewWorld(TrainingWorld):
         if attempt != self.steps.attempt or not self.workers.takes_part(worker):
             raise StepLost(f"{attempt} is over")
         for _ in range(self.random.choice([1, 1, 2])):
-            brought = self.workers.meet(worker, where, brings)
+            try:
+                brought = self.workers.meet(worker, where, brings)
+            except BadInput as error:
+                raise Violation("workers meet", str(error)) from error
             if brought is not None and where not in self._met:
                 act(brought)
                 self._met.add(where)

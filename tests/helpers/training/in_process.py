@@ -111,6 +111,10 @@ class InProcessRun:
         return self._squares
 
     @property
+    def is_open(self) -> bool:
+        return True
+
+    @property
     def is_broken(self) -> bool:
         return False
 

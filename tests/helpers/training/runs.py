@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -187,7 +188,7 @@ class Team:
 
     def join(self, begin: Callable[[Workers], Coordinator]) -> Coordinator:
         with self._lock:
-            self.lead = self.lead or begin(Workers(self.least))
+            self.lead = self.lead or begin(Workers(self.least, lease_s=math.inf))
             return self.lead
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moesaic.cluster.training.workers import WORKER_LEASE_S, Worker, Workers
-from moesaic.proto.errors import Superseded
+from moesaic.proto.errors import BadInput, Superseded
 
 A, B, C = Worker("a", 1), Worker("b", 2), Worker("c", 3)
 
@@ -112,10 +112,29 @@ def test_when_no_attempt_can_begin_each_waits_anew() -> None:
     assert found.may_begin
 
 
-def test_what_does_not_depend_on_an_attempt_is_for_all_that_are_known() -> None:
+def test_what_does_not_depend_on_an_attempt_is_for_all_that_do_not_wait_for_one() -> None:
     found = begun(A, B)
     found.wait(C, 0.0)
     found.leave(B)
-    found.gather()
-    assert found.part == ("a", "c")
+    found.gather(A)
+    assert found.part == ("a",)
     assert not found.missing
+    found.gather(C)
+    assert found.part == ("a", "c")
+
+
+def test_a_worker_that_has_entered_is_waited_for() -> None:
+    found = Workers()
+    found.enter(A, 0.0)
+    found.wait(B, 0.0)
+    assert not found.may_begin
+    found.wait(A, 0.0)
+    assert found.may_begin
+    assert not found.leave(C)
+
+
+def test_a_question_is_asked_once_in_an_attempt() -> None:
+    found = begun(A, B)
+    found.meet(A, "here", (1.0,))
+    with pytest.raises(BadInput, match=r"here: a has said \(1.0,\) in this attempt, and says"):
+        found.meet(A, "here", (2.0,))
