@@ -139,6 +139,7 @@ class CrewWorld(TrainingWorld):
             found = {key: gradient}
             if layer.layer == self.shared.layer:
                 found[self.shared] = gradient
+            lost = ""
             for _ in range(3):
                 try:
                     self.hosts.add(name, attempt, part, version, found)

@@ -21,8 +21,8 @@ from moesaic.actors.runtime.ray_border import namespace_of
 from moesaic.handle import Cluster
 from tests.helpers.paths import ROOT
 from tests.helpers.processes.live import ON_RAY, running, wait_until
+from tests.helpers.training.crews import MAX_NORM, backward, microbatches, one_step
 from tests.integration.conftest import save_model
-from tests.integration.training.test_many_workers import MAX_NORM, backward, microbatches, one_step
 
 pytestmark = ON_RAY
 

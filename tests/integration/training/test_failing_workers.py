@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,18 @@ from moesaic.proto.errors import (
     StepLost,
     Superseded,
 )
-from tests.helpers.training.runs import LocalPool, Team, optimizing, training_pool
+from tests.helpers.training.crews import (
+    WAIT_S,
+    Crew,
+    backward,
+    crew,
+    error_of,
+    microbatches,
+    step,
+    until,
+)
+from tests.helpers.training.runs import LocalPool
 from tests.integration.conftest import save_model
-from tests.integration.training.test_many_workers import backward, microbatches
-
-WAIT_S = 60.0  # for what is to happen soon
 
 
 @pytest.fixture(scope="module")
@@ -42,80 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that waits for nothing is told so after some seconds, and not after 600."""
     monkeypatch.setattr(coordinator_module, "MEET_S", 8.0)
-
-
-class PatientTeam(Team):
-    """Workers in threads of one process, which are never too late."""
-
-    def join(self, begin: Callable[[Workers], Coordinator]) -> Coordinator:
-        with self._lock:
-            self.lead = self.lead or begin(Workers(self.least, lease_s=math.inf))
-            return self.lead
-
-
-class Crew:
-    """Workers that act one after the other or at once, as a test tells them."""
-
-    def __init__(self, pool: LocalPool, folder: Path, least: int, stack: ExitStack) -> None:
-        self.pool, self.folder, self.team, self._stack = pool, folder, PatientTeam(least), stack
-        self.models: dict[str, Any] = {}
-        self.optimizers: dict[str, RunOptimizer] = {}
-        self._threads: dict[str, ThreadPoolExecutor] = {}
-
-    def do(self, name: str, act: Callable[[Any, RunOptimizer], Any]) -> Future[Any]:
-        return self._of(name).submit(lambda: act(self.models[name], self.optimizers[name]))
-
-    def _of(self, name: str) -> ThreadPoolExecutor:
-        if name not in self._threads:
-            self._threads[name] = self._stack.enter_context(ThreadPoolExecutor(1, name))
-        return self._threads[name]
-
-    def join(self, name: str, **options: Any) -> Future[None]:
-        def enter() -> None:
-            given = optimizing(self.pool, self.folder, team=self.team, name=name, **options)
-            self.models[name], self.optimizers[name] = self._stack.enter_context(given)
-
-        return self._of(name).submit(enter)
-
-    def begin(self, *names: str, **options: Any) -> None:
-        for one in [self.join(name, **options) for name in names]:
-            one.result(WAIT_S)
-
-    def each(self, act: Callable[[Any, RunOptimizer], Any]) -> list[Any]:
-        return [one.result(WAIT_S) for one in [self.do(name, act) for name in self.optimizers]]
-
-    @property
-    def lead(self) -> Coordinator:
-        assert self.team.lead is not None
-        return self.team.lead
-
-
-@contextmanager
-def crew(folder: Path, least: int = 2, **options: Any) -> Iterator[Crew]:
-    given = {"hosts": 2, "replicas": 2} | options
-    with training_pool(folder, **given) as pool, ExitStack() as stack:
-        yield Crew(pool, folder, least, stack)
-
-
-def step(model: Any, optimizer: RunOptimizer, number: int | None = None) -> None:
-    run: Any = optimizer.run
-    own = microbatches(run.step if number is None else number)[run.number :: run.workers]
-    _, count = backward(model, own)
-    optimizer.step(weight=count)
-
-
-def until(found: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
-    end = time.monotonic() + timeout_s
-    while not found():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def error_of(future: Future[Any]) -> BaseException | None:
-    return future.exception(WAIT_S)
-
-
-# ---- 0 ------------------------------------------------------------------------------------------
 
 
 def test_a_forward_pass_does_not_change_which_part_of_the_step_is_this_workers(
@@ -178,9 +109,6 @@ def test_nobody_begins_before_the_first_worker(folder: Path) -> None:
             assert parameter.equal(other[name]), name
 
 
-# ---- 1 ------------------------------------------------------------------------------------------
-
-
 def test_a_worker_without_a_microbatch_learns_in_total_that_the_attempt_is_over(
     folder: Path,
 ) -> None:
@@ -202,15 +130,12 @@ def test_a_worker_without_a_microbatch_learns_in_total_that_the_attempt_is_over(
         def drops(model: Any, optimizer: RunOptimizer) -> None:
             backward(model, microbatches(0)[:1])
             optimizer.zero_grad()
-            optimizer.run.total("loss", (0.0, 0))  # type: ignore[attr-defined]
+            optimizer.run.total("loss", (0.0, 0))
 
         first = team.do("b", drops)
         second = team.do("a", idle)
         assert second.result(WAIT_S), "it is still in the attempt that is over"
         first.result(WAIT_S)
-
-
-# ---- 2 ------------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_remains_takes_over_a_whole_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -222,14 +147,8 @@ def test_a_worker_that_remains_takes_over_a_whole_checkpoint(folder: Path, tmp_p
         kept = team.optimizers["a"].state_dict()
         team.each(step)
         team.do("b", lambda _, o: o.close()).result(WAIT_S)
-        for _ in range(2):
-            failed = error_of(team.do("a", lambda _, o: o.load_state_dict(kept)))
-            if failed is None:
-                break
+        failed = error_of(team.do("a", lambda _, o: o.load_state_dict(kept)))
         assert failed is None
-
-
-# ---- 3 ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -257,9 +176,6 @@ def test_a_checkpoint_is_taken_over_again_after_an_error(
         team.pool.gate = lambda host, order: True
         team.each(restore)
         assert [o.run.step for o in team.optimizers.values()] == [1] * workers
-
-
-# ---- 4 ------------------------------------------------------------------------------------------
 
 
 def test_the_first_worker_is_gone_before_the_weights_are_there(folder: Path) -> None:
@@ -334,9 +250,6 @@ def _steps_of(lead: Coordinator, pool: LocalPool, run: int) -> Any:
     return TrainingSteps(plan, pool.now(), versions=versions, next_version=100)
 
 
-# ---- 5 ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan])
 def test_a_weight_that_cannot_be_used_is_refused(folder: Path, weight: float) -> None:
     """-1 breaks the run: hosts refuse the coefficient, and count as lost with all state."""
@@ -356,9 +269,6 @@ def test_a_weight_that_cannot_be_used_is_refused(folder: Path, weight: float) ->
         assert isinstance(error, BadInput), error
 
 
-# ---- 6 ------------------------------------------------------------------------------------------
-
-
 def test_a_step_that_is_applied_and_not_served_is_no_lost_step(folder: Path) -> None:
     """`commit` says ClusterError; who gets StepLost does the step a second time."""
     with crew(folder, 1) as team:
@@ -368,15 +278,12 @@ def test_a_step_that_is_applied_and_not_served_is_no_lost_step(folder: Path) -> 
         def fails(version: int, timeout_s: float) -> Any:
             raise ClusterError("the controller is restarting")
 
-        team.pool.publish = fails  # type: ignore[method-assign]
+        team.pool.publish = fails
         error = error_of(team.do("a", step))
-        team.pool.publish = publish  # type: ignore[method-assign]
+        team.pool.publish = publish
         assert team.lead.steps.step == 1, "it was applied"
         assert not isinstance(error, StepLost), error
         assert isinstance(error, ClusterError)
-
-
-# ---- 7 ------------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_waits_is_not_expected_at_a_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -395,27 +302,21 @@ def test_a_worker_that_waits_is_not_expected_at_a_checkpoint(folder: Path, tmp_p
         assert error is None
 
 
-# ---- 8 ------------------------------------------------------------------------------------------
-
-
 def test_workers_that_wait_hear_that_the_run_is_over(folder: Path) -> None:
     """The keeper's thread ends, and they wait for 600 s."""
     with crew(folder) as team:
         team.begin("a", "b")
-        waits = team.do("a", lambda _, o: o.run.total("x", [1.0]))  # type: ignore[attr-defined]
+        waits = team.do("a", lambda _, o: o.run.total("x", [1.0]))
         now = team.pool.now
 
         def superseded(skip: int | None = None) -> Any:
             raise Superseded("a newer run has begun")
 
-        team.pool.now = superseded  # type: ignore[method-assign]
+        team.pool.now = superseded
         until(lambda: team.lead.is_over)
         error = error_of(waits)
-        team.pool.now = now  # type: ignore[method-assign]
+        team.pool.now = now
         assert isinstance(error, Superseded), error
-
-
-# ---- 9 ------------------------------------------------------------------------------------------
 
 
 def test_the_lease_is_kept_while_the_next_attempt_begins_without_a_worker(
@@ -458,7 +359,7 @@ def test_the_lease_is_kept_while_the_next_attempt_begins_without_a_worker(
                 assert one.result(WAIT_S).workers == 2
             again = threads.submit(other.again, first)
             until(lambda: other._workers._known["a"].waits)
-            team.pool.gate, team.pool.now = gate, counted  # type: ignore[method-assign]
+            team.pool.gate, team.pool.now = gate, counted
             other._workers.hear(first, 100.0)
             now[0] = 100.0  # the second one is gone, and hosts are slow to begin without it
             assert asked.wait(20.0)
@@ -484,9 +385,6 @@ def _put(team: Crew, key: Any, run: int) -> None:
     links.close()
 
 
-# ---- 10 -----------------------------------------------------------------------------------------
-
-
 def test_workers_that_take_over_different_checkpoints_are_told_so(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -508,9 +406,6 @@ def test_workers_that_take_over_different_checkpoints_are_told_so(
         assert any(isinstance(one, MoesaicError) for one in errors), "what is it now?"
 
 
-# ---- 11 -----------------------------------------------------------------------------------------
-
-
 def test_an_attempt_does_not_begin_with_fewer_workers_than_the_run_wants(
     folder: Path,
 ) -> None:
@@ -518,7 +413,8 @@ def test_an_attempt_does_not_begin_with_fewer_workers_than_the_run_wants(
     with crew(folder) as team:
         team.begin("a", "b")
         gone = threading.Event()
-        leaving = team.optimizers["b"].run._worker  # type: ignore[attr-defined]
+        run: Any = team.optimizers["b"].run
+        leaving = run._worker
 
         def gate(host: str, order: Order) -> bool:
             if isinstance(order, Commit) and not gone.is_set():
@@ -529,11 +425,9 @@ def test_an_attempt_does_not_begin_with_fewer_workers_than_the_run_wants(
         team.pool.gate = gate
         for one in [team.do(name, step) for name in ("a", "b")]:
             error_of(one)
-        stand = team.optimizers["a"].run._stand  # type: ignore[attr-defined]
+        run = team.optimizers["a"].run
+        stand = run._stand
         assert stand.workers >= 2 or stand.lost, stand
-
-
-# ---- 12 -----------------------------------------------------------------------------------------
 
 
 def test_a_total_is_not_that_of_another_question(folder: Path) -> None:
@@ -557,9 +451,6 @@ def test_numbers_of_different_lengths_are_refused(folder: Path) -> None:
 
         for one in [team.do(name, act) for name in ("a", "b")]:
             assert isinstance(error_of(one), MoesaicError)
-
-
-# ---- 13 -----------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_is_written_after_the_coordinator_was_replaced(

@@ -9,38 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from moesaic.actors.training.optimizer import RunOptimizer
-from moesaic.proto.errors import BadInput, StepLost
+from moesaic.proto.errors import BadInput
+from tests.helpers.training.crews import MAX_NORM, backward, microbatches, one_step
 from tests.helpers.training.runs import LocalPool, Team, optimizing, training_pool
-from tests.helpers.training.trunks import IDS, plain_model
+from tests.helpers.training.trunks import plain_model
 from tests.helpers.training.whole_steps import assert_same_model
 from tests.integration.conftest import save_model
 
-STEPS, MAX_NORM = 3, 0.5
-TOKENS = torch.cat([IDS.flatten(), IDS.flatten().flip(0), IDS.flatten() * 5])
-LENGTHS = 3, 9, 4, 7, 5  # of the microbatches
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), "mixtral")
-
-
-def microbatches(step: int) -> list[Tensor]:
-    return [(part[None] + step) % 32 for part in TOKENS[: sum(LENGTHS)].split(LENGTHS)]
-
-
-def backward(model: Any, own: Sequence[Tensor]) -> tuple[float, int]:
-    """Return the sum of the losses over tokens, and how many these are."""
-    sums, count = 0.0, 0
-    for ids in own:
-        tokens = ids.numel() - 1
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss * tokens
-        loss.backward()
-        sums, count = sums + loss.item(), count + tokens
-    return sums, count
 
 
 def plain_losses(folder: Path) -> tuple[Any, list[float]]:
@@ -57,21 +40,6 @@ def plain_losses(folder: Path) -> tuple[Any, list[float]]:
         adam.zero_grad()
         found.append(sums / count)
     return plain, found
-
-
-def one_step(model: Any, optimizer: RunOptimizer) -> float:
-    """Compute what is this worker's of the next step; return the loss of the whole step."""
-    run: Any = optimizer.run
-    while True:
-        step = run.step
-        own = microbatches(step)[run.number :: run.workers]
-        try:
-            sums, count = backward(model, own)
-            total, tokens = run.total("loss", (sums, count))
-            optimizer.step(weight=count)
-            return total / tokens
-        except StepLost:
-            optimizer.zero_grad()
 
 
 def together(
