@@ -33,8 +33,8 @@ from .driver import PUBLISH_S, RunDriver, TrainingPool
 
 log = logging.getLogger(__name__)
 
-# How long a worker waits for the others.
-MEET_S = 600.0
+# How long a worker waits for the others, which live, and may have more to compute.
+MEET_S = 3600.0
 
 T = TypeVar("T")
 
@@ -104,6 +104,14 @@ class Coordinator:
             if self._entered is not None:
                 return None
             self._entered = worker
+        return self._open()
+
+    def go_on(self) -> None:
+        """Go on in the place of a process that is gone; workers come to it later."""
+        self._entered = Worker("", 0)
+        self._open()
+
+    def _open(self) -> Where | None:
         self.driver.start()
         with self._opening(), self.driver.lock:
             if self._since is None:

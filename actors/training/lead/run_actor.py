@@ -78,7 +78,7 @@ class RayTrainingRun:
         steps = TrainingSteps(plan, pool.now(), versions=versions, next_version=number)
         self._coordinator = Coordinator(pool, steps, workers=Workers(workers), since=begun.since)
         if again:
-            self._coordinator.enter(Worker(name, 0))
+            self._coordinator.go_on()
         self._this = ray.get_runtime_context().current_actor
         threading.Thread(target=self._await_end, name="run-end", daemon=True).start()
 

@@ -467,7 +467,7 @@ def test_a_checkpoint_is_written_after_the_coordinator_was_replaced(
             workers=Workers(1, lease_s=math.inf),
             since=1,
         )
-        heir.enter(Worker("run", 0))
+        heir.go_on()
         old, run._lead = run._lead, heir
         old.driver.stop()
         team.do("a", lambda _, o: o.save(tmp_path / "saved")).result(WAIT_S)
