@@ -17,6 +17,7 @@ from ...cluster.training.runs import (
     LivingRun,
     NewsRequest,
     Publication,
+    RunProgress,
     TrainingNews,
     TrainingRequest,
 )
@@ -58,6 +59,7 @@ class Training:
         self._unix_clock = unix_clock
         self._stored = control.training.snapshot()
         self._ticked = asyncio.Event()
+        self._progress = RunProgress()  # of the run that lives
 
     async def begin(self, asked: TrainingRequest) -> BegunTraining:
         """Begin to train a model; one that is asleep wakes up first.
@@ -109,6 +111,7 @@ class Training:
 
     def _begun(self, run: LivingRun, since: int | None) -> BegunTraining:
         control = self._control
+        self._progress = RunProgress()
         return BegunTraining(
             run=run.run,
             first=run.first,
@@ -123,6 +126,7 @@ class Training:
         """Renew a run's lease, and return what it has to know of the pool."""
         control = self._control
         alive = control.training.renew(asked.run, self._clock())
+        self._progress = asked.tells or self._progress
         if asked.skip is not None:
             control.training.skip(asked.run, asked.skip)
             self._keep()
@@ -200,6 +204,9 @@ class Training:
             age_s=round(max(0.0, self._unix_clock() - alive.began_at), 1),
             version=self._control.view.versions.models.get(alive.model, FIRST_VERSION),
             steps=alive.steps,
+            attempt=self._progress.attempt,
+            workers=self._progress.workers,
+            unprotected_tensors=self._progress.unprotected,
             owned_tensors={host: one.owned for host, one in sorted(seen.items()) if one.owned},
         )
 

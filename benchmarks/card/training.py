@@ -44,6 +44,7 @@ from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.cluster.training.orders import Answer, Order
 from moesaic.cluster.training.run_plan import PoolNow
+from moesaic.cluster.training.runs import RunProgress
 from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.kernels.training.update_rules import UpdateRule
 from moesaic.models.training.groups import TrainedTensors
@@ -85,7 +86,7 @@ class ProcessPool:
         self._placement, self._router = placement, router
         self._threads = ThreadPoolExecutor(len(hosts))
 
-    def now(self, skip: int | None = None) -> PoolNow:
+    def now(self, skip: int | None = None, tells: RunProgress | None = None) -> PoolNow:
         return PoolNow(
             entries=self._placement.hosts,
             domains={host: host for host in self._hosts},

@@ -181,3 +181,7 @@ def _training(found: Families, status: ClusterStatus) -> None:
         found.add("training_run", training.run, model=training.model)
         found.add("training_age_seconds", training.age_s, model=training.model)
         found.add("training_steps_total", training.steps, model=training.model)
+        found.add("training_attempt", training.attempt, model=training.model)
+        found.add("training_workers", training.workers, model=training.model)
+        unprotected = training.unprotected_tensors
+        found.add("training_unprotected_tensors", unprotected, model=training.model)

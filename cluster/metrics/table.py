@@ -221,6 +221,12 @@ moesaic_training_age_seconds | model | seconds
     time since the run began
 moesaic_training_steps_total | model | steps
     steps of the run that the pool serves
+moesaic_training_attempt | model | number
+    which attempt at the next step is under way; a second one means that something was lost
+moesaic_training_workers | model | processes
+    processes that compute the step
+moesaic_training_unprotected_tensors | model | tensors
+    experts and blocks of the trunk with a single owner, whose loss takes the run to a checkpoint
 moesaic_engine_healthy | model | 0 or 1
     1 if the model's trunk answers and its engine runs, or will start with the next request
 moesaic_engine_running_requests | model | requests

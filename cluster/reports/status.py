@@ -280,6 +280,14 @@ class TrainingStatus(Report):
     owned_tensors: dict[str, int]
     """How many experts and blocks of the trunk each host owns: it keeps their masters and the
     optimizer's state."""
+    attempt: int = 0
+    """Which attempt at the next step is under way: a second one means that something was lost. 0:
+    none has begun."""
+    workers: int = 0
+    """How many processes compute it."""
+    unprotected_tensors: int = 0
+    """How many experts and blocks of the trunk have a single owner: if that host is lost, the run
+    goes back to a checkpoint. With redundancy they are few, until they were copied again."""
 
 
 class MissingExpert(ExpertId):

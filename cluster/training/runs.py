@@ -48,12 +48,21 @@ class BegunTraining:
     lease_s: float  # how long it lives without asking for news
 
 
+class RunProgress(NamedTuple):
+    """What a run tells of itself, for people."""
+
+    attempt: int = 0  # at the next step: more than 1 mean that something was lost; 0: none yet
+    workers: int = 0  # that compute it
+    unprotected: int = 0  # keys with a single owner: its loss would take the run to a checkpoint
+
+
 class NewsRequest(NamedTuple):
     """A run asks for news of its pool, and tells that it lives."""
 
     run: RunId
     skip: int | None = None  # a version of it that is never to be served
     knows: PlacementId | None = None  # the last placement that it was told
+    tells: RunProgress | None = None  # None: nothing new
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

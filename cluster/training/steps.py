@@ -112,6 +112,11 @@ class TrainingSteps:
         """Why the attempt cannot be committed any more; empty if it can."""
         return self.broken or self._lost
 
+    @property
+    def unprotected(self) -> int:
+        """How many keys have a single owner, whose loss would break the run."""
+        return sum(len(hosts) < 2 for hosts in self.owners.values())
+
     def owning(self, key: ExpertKey) -> list[HostEntry]:
         """Return the owners of a key."""
         return self._hosts.owning(key)

@@ -396,6 +396,9 @@ _TRAINING: Sections = [
         [
             _stat("Run", f"max(moesaic_training_run{{{_M}}})"),
             _stat("Steps", f"max(moesaic_training_steps_total{{{_M}}})"),
+            _stat("Attempt", f"max(moesaic_training_attempt{{{_M}}})"),
+            _stat("Processes", f"max(moesaic_training_workers{{{_M}}})"),
+            _stat("Unprotected", f"max(moesaic_training_unprotected_tensors{{{_M}}})"),
             _stat("Age", f"max(moesaic_training_age_seconds{{{_M}}})", "s"),
             _stat("Version served", f"max(moesaic_model_weight_version{{{_M}}})"),
             _stat("Experts in no file", f"sum(moesaic_volatile_experts{{{_M}}})"),

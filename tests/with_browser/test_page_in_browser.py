@@ -344,7 +344,8 @@ def lively() -> ScriptedPool:
     pool.now = now
     pool.training = {
         "run": 3, "model": pool.model, "initiator": "anna", "version": 42, "steps": 41,
-        "owned_tensors": {"host-1": 732, "host-2": 731}, "began": now - 900,
+        "attempt": 1, "workers": 2, "unprotected_tensors": 0, "began": now - 900,
+        "owned_tensors": {"host-1": 732, "host-2": 731},
     }  # fmt: skip
     return pool
 

@@ -18,17 +18,18 @@ from ....cluster.training.contributions import Attempt
 from ....cluster.training.host_memory import HostMemory
 from ....cluster.training.orders import GroupUpdate, RunId
 from ....cluster.training.run_plan import RunPlan
-from ....cluster.training.steps import Squares, TrainingSteps
+from ....cluster.training.runs import RunProgress
+from ....cluster.training.steps import TrainingSteps
 from ....cluster.training.workers import Stand, Worker, Workers
 from ....proto.errors import (
     BadInput,
-    CallError,
     ClusterError,
     MoesaicError,
     StepLost,
     describe_error,
 )
 from .coordination import ExpertSums, Restoring, TrunkSums, Where
+from .decisions import agreed, expert_sums
 from .driver import PUBLISH_S, RunDriver, TrainingPool
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ class Coordinator:
         With ``since`` it goes on with what this run began, in the place of a process that is gone.
         """
         self.steps = steps
-        self.driver = RunDriver(pool, steps, beside=self._look, ended=self._tell_all)
+        self.driver = RunDriver(
+            pool, steps, progress=self._progress, beside=self._look, ended=self._tell_all
+        )
         self._pool = pool
         self._since = since
         self._clock = clock
@@ -278,6 +281,12 @@ class Coordinator:
         self._placed = self._pool.publish(versions.models[self.plan.model], PUBLISH_S)
         self._served = versions
 
+    def _progress(self) -> RunProgress:
+        steps = self.steps
+        with self._lock:
+            workers = len(self._workers.part)
+        return RunProgress(steps.attempt.number, workers, steps.unprotected)
+
     def _look(self) -> None:
         """Look for workers that are gone, beside what the lease needs."""
         with self._lock:
@@ -391,7 +400,7 @@ class Coordinator:
             learned = frozenset[int]().union(*(layers for layers, _ in brought.values()))
             given = {name: keys for name, (_, keys) in brought.items()}
             found = self.steps.reduce_experts(every - learned, put=given)
-            sums = _expert_sums(self.driver.exchange(found))
+            sums = expert_sums(self.driver.exchange(found))
             self._room = self._waiting.submit(self.driver.await_room)
             return sums
 
@@ -418,7 +427,7 @@ class Coordinator:
     ) -> Stand:
         def act(brought: Mapping[str, Mapping[int, GroupUpdate] | None]) -> None:
             with self.driver.attempt():
-                decided = _agreed(brought)
+                decided = agreed(brought)
                 if self._room is not None:
                     self._room.result()
                 self.driver.exchange(self.steps.commit(decided))
@@ -469,44 +478,6 @@ class Coordinator:
 
         self._meet(worker, None, "take over", None, act)
         return self._stand(worker)
-
-
-def _expert_sums(found: Squares) -> ExpertSums:
-    squares: dict[tuple[int, str], list[float]] = {}
-    for key, named in found.items():
-        for name, square in named.items():
-            squares.setdefault((key.layer, name), []).append(square)
-    return ExpertSums(
-        squares={at: math.fsum(all_of_them) for at, all_of_them in squares.items()},
-        not_finite=tuple(
-            f"{name} of {key}"
-            for key, named in found.items()
-            for name, square in named.items()
-            if not math.isfinite(square)
-        ),
-    )
-
-
-def _agreed(
-    brought: Mapping[str, Mapping[int, GroupUpdate] | None],
-) -> Mapping[int, GroupUpdate]:
-    """Return how all workers want to update their groups."""
-    said = {name: groups for name, groups in brought.items() if groups is not None}
-    if not said:
-        raise CallError("commit: no worker has gradients, so none says how to apply them")
-    first = next(iter(said))
-    for index, group in said[first].items():
-        if not (math.isfinite(group.coefficient) and group.coefficient >= 0):
-            raise BadInput(
-                f"group {index}: its gradients cannot be multiplied by {group.coefficient}"
-            )
-    for name, groups in said.items():
-        if groups != said[first]:
-            raise BadInput(
-                f"the workers disagree about the step: {first} has {said[first]}, and {name} has "
-                f"{groups}; give all of them the same schedule, and clip by max_grad_norm"
-            )
-    return said[first]
 
 
 def _result(future: Future[T], whom: str) -> T:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from ....cluster.placement import PlacementId
 from ....cluster.training.orders import Answers, Exchange, Order
 from ....cluster.training.run_plan import PoolNow
+from ....cluster.training.runs import RunProgress
 from ....cluster.training.steps import TrainingSteps
 from ....proto.errors import (
     BadInput,
@@ -41,10 +42,11 @@ T = TypeVar("T")
 class TrainingPool(Protocol):
     """The pool as a run reaches it: its controller and its hosts. Any thread may call it."""
 
-    def now(self, skip: int | None = None) -> PoolNow:
+    def now(self, skip: int | None = None, tells: RunProgress | None = None) -> PoolNow:
         """Return the hosts, and renew the run's lease. Raises ClusterError if the run is over.
 
-        ``skip`` is a version that some hosts have, and that is never to be served.
+        ``skip`` is a version that some hosts have, and that is never to be served. ``tells`` is for
+        those who look at the run.
         """
         ...
 
@@ -75,18 +77,21 @@ class RunDriver:
         pool: TrainingPool,
         steps: TrainingSteps,
         *,
+        progress: Callable[[], RunProgress],
         beside: Callable[[], None],
         ended: Callable[[MoesaicError], None],
     ) -> None:
         """``start`` starts the thread, and ``end`` ends it and the run.
 
-        The thread calls ``beside`` again and again. ``ended`` is told why the run is over.
+        The thread calls ``beside`` again and again, and tells the pool of the ``progress``.
+        ``ended`` is told why the run is over.
         """
         self.lock = threading.Lock()
         self.over: MoesaicError | None = None  # why the run takes no more orders
         self.pool = pool
         self.steps = steps
         self.follows = False  # whether owners follow hosts: they have begun
+        self._progress = progress
         self._beside = beside
         self._ended = ended
         self._stop = threading.Event()
@@ -176,7 +181,7 @@ class RunDriver:
                 return
 
     def look(self) -> None:
-        now = self.pool.now()
+        now = self.pool.now(tells=self._progress())
         if not self.lock.acquire(blocking=False):
             return
         try:

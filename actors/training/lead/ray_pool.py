@@ -13,7 +13,7 @@ from ....cluster.expert_keys import ExpertKey, LayerKey
 from ....cluster.placement import LayerPlacement, PlacementId
 from ....cluster.training.orders import Answer, Order
 from ....cluster.training.run_plan import PoolNow
-from ....cluster.training.runs import NewsRequest, TrainingNews
+from ....cluster.training.runs import NewsRequest, RunProgress, TrainingNews
 from ....proto.errors import (
     HostLost,
     InternalError,
@@ -37,8 +37,8 @@ class RayTrainingPool:
         self._placed: PlacementId | None = None
         self._holders: Mapping[ExpertKey, tuple[str, ...]] = {}
 
-    def now(self, skip: int | None = None) -> PoolNow:
-        asks = NewsRequest(self._run, skip, self._placed)
+    def now(self, skip: int | None = None, tells: RunProgress | None = None) -> PoolNow:
+        asks = NewsRequest(self._run, skip, self._placed, tells)
         news: TrainingNews = ray_get(
             controller_of(self._namespace).training_news.remote(asks),
             ASK_S,

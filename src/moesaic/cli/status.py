@@ -191,7 +191,15 @@ def _print_training(run: TrainingStatus) -> None:
     owned = [f"{host} owns {count} tensors" for host, count in run.owned_tensors.items()]
     words = f"run {run.run} ({run.initiator}) trains {run.model}: version {run.version} after "
     words += f"{run.steps:,} steps, for {run.age_s:,.0f} s"
+    if run.attempt:
+        words += f"; attempt {run.attempt} at the next by {run.workers:,} processes"
     out.print("; ".join([words, ", ".join(owned)] if owned else [words]), markup=False)
+    if run.unprotected_tensors:
+        out.print(
+            f"{run.unprotected_tensors:,} trained tensors have a single owner: if that host is "
+            "lost, the run goes back to a checkpoint",
+            markup=False,
+        )
 
 
 def _print_balance(cluster: ClusterStatus) -> None:

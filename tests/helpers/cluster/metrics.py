@@ -106,7 +106,16 @@ def snapshot(hosts: Sequence[HostStatus] | None = None, **changed: Any) -> Metri
             ),
         ),
         training=TrainingStatus(
-            run=2, model="m", initiator="me", age_s=9.0, version=5, steps=4, owned_tensors={"a": 3}
+            run=2,
+            model="m",
+            initiator="me",
+            age_s=9.0,
+            version=5,
+            steps=4,
+            attempt=1,
+            workers=2,
+            unprotected_tensors=6,
+            owned_tensors={"a": 3},
         ),
     )
     scaling = status.scaling.model_copy(

@@ -24,6 +24,7 @@ from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Re
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.orders import Answer, Order
 from moesaic.cluster.training.run_plan import PoolNow
+from moesaic.cluster.training.runs import RunProgress
 from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.training.workers import Workers
 from moesaic.kernels.training.update_rules import UpdateRule
@@ -53,13 +54,15 @@ class LocalPool:
         self.routers: list[Any] = []
         self.orders: list[tuple[str, Order]] = []
         self.ended = False
+        self.told: RunProgress | None = None
 
     @property
     def alive(self) -> dict[str, ExpertHost]:
         return {host.name: host for host in self.hosts.hosts if host.name not in self.gone}
 
-    def now(self, skip: int | None = None) -> PoolNow:
+    def now(self, skip: int | None = None, tells: RunProgress | None = None) -> PoolNow:
         placement = self.hosts.placement
+        self.told = tells or self.told
         if skip is not None:
             self._release(lambda version: version == skip)
         return PoolNow(

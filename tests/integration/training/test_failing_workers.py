@@ -309,7 +309,7 @@ def test_workers_that_wait_hear_that_the_run_is_over(folder: Path) -> None:
         waits = team.do("a", lambda _, o: o.run.total("x", [1.0]))
         now = team.pool.now
 
-        def superseded(skip: int | None = None) -> Any:
+        def superseded(**_: Any) -> Any:
             raise Superseded("a newer run has begun")
 
         team.pool.now = superseded
@@ -337,10 +337,10 @@ def test_the_lease_is_kept_while_the_next_attempt_begins_without_a_worker(
         renewed: list[float] = []
         inner = team.pool.now
 
-        def counted(skip: int | None = None) -> Any:
+        def counted(*given: Any, **named: Any) -> Any:
             if threading.current_thread() is other.driver._keeper:
                 renewed.append(time.monotonic())
-            return inner(skip)
+            return inner(*given, **named)
 
         def gate(host: str, order: Order) -> bool:
             if isinstance(order, Begin) and order.attempt.run == 2:
