@@ -309,7 +309,7 @@ def test_workers_that_wait_hear_that_the_run_is_over(folder: Path) -> None:
         waits = team.do("a", lambda _, o: o.run.total("x", [1.0]))
         now = team.pool.now
 
-        def superseded(**_: Any) -> Any:
+        def superseded(*_: Any, **__: Any) -> Any:
             raise Superseded("a newer run has begun")
 
         team.pool.now = superseded
