@@ -8,6 +8,7 @@ connect architectures that do not use the interface.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from .experts_layers import ExpertsLayer, experts_layers, is_experts_module
 from .fitting import fit
 from .in_pool import IMPLEMENTATION, LearningPool, PoolFunction
 
+# transformers sets the default type of the whole process while it builds a model; of two threads
+# that do so at once, one would leave the other's behind.
+_BUILDING = threading.RLock()
 # Types of models that transformers computes wrongly, and how.
 BROKEN = {
     "nllb-moe": "transformers reads the gate's one-hot mask as expert numbers, so only experts 0 "
@@ -47,7 +51,7 @@ def meta_model(config: PretrainedConfig, *, adapted: bool = True) -> PreTrainedM
     """
     auto, _ = _generating_class(config)
     try:
-        with torch.device("meta"):
+        with _BUILDING, torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
             if adapted:
                 adapt(model)
@@ -153,16 +157,17 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     for part in (config, built.config):
         forget(part)
     try:
-        loaded: Any = _trunk_class(config).from_pretrained(
-            None,
-            state_dict=tensors,
-            generation_config=generation_config(path),
-            config=built.config,  # for a model of text and images, that of its text model
-            dtype=dtype,
-            experts_implementation=IMPLEMENTATION,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that the error below can name them
-        )
+        with _BUILDING:
+            loaded: Any = _trunk_class(config).from_pretrained(
+                None,
+                state_dict=tensors,
+                generation_config=generation_config(path),
+                config=built.config,  # for a model of text and images, that of its text model
+                dtype=dtype,
+                experts_implementation=IMPLEMENTATION,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the error below can name them
+            )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     trunk, info = loaded

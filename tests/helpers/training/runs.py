@@ -36,8 +36,6 @@ from moesaic.proto.errors import HostLost, MoesaicError, Superseded
 from tests.helpers.pool.serving import PATIENT, Hosts, serving
 
 DECAY = {"lr": 1e-2, "weight_decay": 0.1}
-# transformers sets the default type of the whole process while it makes a model.
-BUILDING = threading.Lock()
 # (host, order) -> whether it gets there
 Gate = Callable[[str, Order], bool]
 
@@ -218,8 +216,7 @@ def optimizing(
     It is the only worker of its run, or one of a team's. ``prepare`` gets the model before the
     optimizer is made, and ``params`` makes groups of it.
     """
-    with BUILDING:
-        trunk = LocalTrunk(pool, folder, dtype, borrows=borrows, policy=policy)
+    trunk = LocalTrunk(pool, folder, dtype, borrows=borrows, policy=policy)
     opened = TrainableTrunk(trunk.model, pool.hosts.layers, dtype)
     learning = LearningTrunk(model=trunk.model, learning=trunk.learning, name=name)
 

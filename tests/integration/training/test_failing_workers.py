@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moesaic.actors.training.lead import coordinator as coordinator_module
 from moesaic.actors.training.lead.coordinator import Coordinator
@@ -44,9 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that waits for nothing is told so after some seconds, and not after 600."""
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A worker that waits for nothing is told so after some seconds, and not after an hour."""
     monkeypatch.setattr(coordinator_module, "MEET_S", 8.0)
+    yield
+    assert torch.get_default_dtype() == torch.float32, "models were built in several threads"
 
 
 def test_a_forward_pass_does_not_change_which_part_of_the_step_is_this_workers(
@@ -209,7 +213,7 @@ def test_the_first_worker_is_gone_before_the_weights_are_there(folder: Path) -> 
 def test_the_first_worker_fails_to_put_the_weights_and_the_others_hear_of_it(
     folder: Path,
 ) -> None:
-    """It leaves, and the others wait for 600 s, again and again."""
+    """It leaves, and nobody puts the weights."""
     with crew(folder, 1) as team:
         team.begin("x")
         other = Coordinator(
@@ -303,7 +307,7 @@ def test_a_worker_that_waits_is_not_expected_at_a_checkpoint(folder: Path, tmp_p
 
 
 def test_workers_that_wait_hear_that_the_run_is_over(folder: Path) -> None:
-    """The keeper's thread ends, and they wait for 600 s."""
+    """The keeper's thread has ended, and nobody else would tell them."""
     with crew(folder) as team:
         team.begin("a", "b")
         waits = team.do("a", lambda _, o: o.run.total("x", [1.0]))
