@@ -62,10 +62,10 @@ class Coordination(Protocol):
     def plan(self) -> RunPlan: ...
 
     def enter(self, worker: Worker) -> Where | None:
-        """Begin the run on all hosts, if nobody has.
+        """Register a worker. The first one lets all hosts begin the run.
 
-        Whoever gets a `Where` puts the trunk's weights into the owners, and calls `own`. The others
-        find them there, after `again`.
+        It gets a `Where`, puts the trunk's weights into the owners, and calls `own`. The others
+        get None, and read the weights there after `again`.
         """
         ...
 
@@ -91,7 +91,7 @@ class Coordination(Protocol):
         """Meet: end the backward calls, and sum the experts' gradients up.
 
         ``layers`` are those that the worker has learned from; layers from which none has are not
-        updated. ``put`` are the experts of which it has put gradients into the owners.
+        updated. ``put`` are the experts whose gradients it has sent to their owners.
         """
         ...
 

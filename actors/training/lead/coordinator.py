@@ -69,12 +69,12 @@ class Coordinator:
         self._beginning = ThreadPoolExecutor(1, thread_name_prefix="begins")
         self._served = steps.versions
         self._placed: PlacementId | None = None
-        # Of the four below, and of `_workers`. Whoever holds it waits for nothing.
+        # Guards what follows, and `_workers`. No thread waits for anything while it holds it.
         self._lock = threading.Lock()
         self._entered: Worker | None = None  # who puts the weights
         self._owned = False
         self._not_begun: BaseException | None = None  # why the run could not begin
-        self._fresh = False  # the attempt under way has begun, and nobody takes part in it yet
+        self._fresh = False  # hosts have begun an attempt that no worker has joined
         self._meetings: dict[str, Future[Any]] = {}
         self._next: Future[None] = Future()
 
@@ -263,7 +263,7 @@ class Coordinator:
             begun.set_result(None)
 
     def _end_waiting(self, error: BaseException) -> None:
-        """Whoever waits for the next attempt gets an error; the lock is held."""
+        """Raise an error in all workers that wait for the next attempt; the lock is held."""
         self._next.set_exception(error)
         self._next = Future()
 

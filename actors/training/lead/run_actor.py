@@ -61,7 +61,7 @@ _PAUSE_S = 0.2
 
 
 class RayTrainingRun:
-    """The actor: a `Coordinator`, and its end when nobody takes part any more."""
+    """The actor of a run: it has the `Coordinator`, and ends after the last worker."""
 
     def __init__(self, namespace: str, begun: BegunTraining, plan: RunPlan, workers: int) -> None:
         """Begin the run, or go on with it if this actor was restarted. Raises ClusterError."""
@@ -101,7 +101,7 @@ class RayTrainingRun:
         return os.getpid()
 
     def _await_end(self) -> None:
-        """End this actor when the run is over, or nobody takes part for a while."""
+        """End this actor when the run is over, or has had no workers for `IDLE_S`."""
         idle_since = time.monotonic()
         while not self._coordinator.is_over:
             time.sleep(_BEAT_S)
@@ -109,7 +109,7 @@ class RayTrainingRun:
             if self._coordinator.workers:
                 idle_since = now
             elif now - idle_since >= IDLE_S:
-                log.warning("nobody takes part for %g s: the run ends", IDLE_S)
+                log.warning("the run has had no workers for %g s, and ends", IDLE_S)
                 self._coordinator.end()
         time.sleep(_BEAT_S)  # whoever waits for an answer gets it
         ray.kill(self._this, no_restart=True)
@@ -126,7 +126,7 @@ def begin_run(namespace: str, asked: TrainingRequest) -> BegunTraining:
 
 
 def start_run_actor(namespace: str, begun: BegunTraining, plan: RunPlan, workers: int) -> None:
-    """Start the run's actor on this node, unless another worker has."""
+    """Start the run's actor on this node, unless another worker has started it."""
     deployment = stored_deployment(namespace)
     (
         ray.remote(RayTrainingRun)

@@ -39,6 +39,21 @@ def backward(model: Any, own: Sequence[Tensor]) -> tuple[float, int]:
     return sums, count
 
 
+def plain_losses(plain: Any, adam: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Return the losses of the same steps of a plain model, each over all microbatches."""
+    found = []
+    for step in range(steps):
+        sums, count = backward(plain, microbatches(step))
+        for parameter in plain.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= count
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
+        adam.step()
+        adam.zero_grad()
+        found.append(sums / count)
+    return found
+
+
 def one_step(model: Any, optimizer: RunOptimizer) -> float:
     """Compute what is this worker's of the next step; return the loss of the whole step."""
     run: Any = optimizer.run

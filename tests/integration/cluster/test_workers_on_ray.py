@@ -21,7 +21,7 @@ from moesaic.actors.runtime.ray_border import namespace_of
 from moesaic.handle import Cluster
 from tests.helpers.paths import ROOT
 from tests.helpers.processes.live import ON_RAY, running, wait_until
-from tests.helpers.training.crews import MAX_NORM, backward, microbatches, one_step
+from tests.helpers.training.crews import MAX_NORM, one_step, plain_losses
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY
@@ -92,17 +92,7 @@ def losses(process: subprocess.Popen[str], found: dict[int, float], count: int =
 def expected(folder: Path) -> list[float]:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     adam = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.1)
-    found = []
-    for step in range(STEPS):
-        sums, count = backward(plain, microbatches(step))
-        for parameter in plain.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= count
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
-        adam.step()
-        adam.zero_grad()
-        found.append(sums / count)
-    return found
+    return plain_losses(plain, adam, STEPS)
 
 
 def run_actors(pool: Cluster) -> list[str]:

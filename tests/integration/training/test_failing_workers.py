@@ -183,7 +183,7 @@ def test_a_checkpoint_is_taken_over_again_after_an_error(
 
 
 def test_the_first_worker_is_gone_before_the_weights_are_there(folder: Path) -> None:
-    """Whoever has entered is not known to `Workers`, so nobody notices that it is gone."""
+    """The others get an error instead of waiting for its weights."""
     with crew(folder, 1) as team:
         team.begin("x")  # for its coordinator's plan and pool
         lead = team.lead
@@ -213,7 +213,7 @@ def test_the_first_worker_is_gone_before_the_weights_are_there(folder: Path) -> 
 def test_the_first_worker_fails_to_put_the_weights_and_the_others_hear_of_it(
     folder: Path,
 ) -> None:
-    """It leaves, and nobody puts the weights."""
+    """It leaves before it has put them."""
     with crew(folder, 1) as team:
         team.begin("x")
         other = Coordinator(
@@ -307,7 +307,7 @@ def test_a_worker_that_waits_is_not_expected_at_a_checkpoint(folder: Path, tmp_p
 
 
 def test_workers_that_wait_hear_that_the_run_is_over(folder: Path) -> None:
-    """The keeper's thread has ended, and nobody else would tell them."""
+    """A newer run rules; the thread that keeps the lease finds out."""
     with crew(folder) as team:
         team.begin("a", "b")
         waits = team.do("a", lambda _, o: o.run.total("x", [1.0]))
@@ -392,7 +392,7 @@ def _put(team: Crew, key: Any, run: int) -> None:
 def test_workers_that_take_over_different_checkpoints_are_told_so(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Half of the state is of one and half of the other, and nobody says anything."""
+    """Otherwise owners would mix the states of two checkpoints."""
     with crew(folder) as team:
         team.begin("a", "b")
         kept = []

@@ -12,7 +12,7 @@ import torch
 
 from moesaic.actors.training.optimizer import RunOptimizer
 from moesaic.proto.errors import BadInput
-from tests.helpers.training.crews import MAX_NORM, backward, microbatches, one_step
+from tests.helpers.training.crews import MAX_NORM, backward, microbatches, one_step, plain_losses
 from tests.helpers.training.runs import LocalPool, Team, optimizing, training_pool
 from tests.helpers.training.trunks import plain_model
 from tests.helpers.training.whole_steps import assert_same_model
@@ -26,20 +26,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), "mixtral")
 
 
-def plain_losses(folder: Path) -> tuple[Any, list[float]]:
+def plain_run(folder: Path) -> tuple[Any, list[float]]:
     plain = plain_model(folder, torch.float64)
     adam = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
-    found = []
-    for step in range(STEPS):
-        sums, count = backward(plain, microbatches(step))
-        for parameter in plain.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= count
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
-        adam.step()
-        adam.zero_grad()
-        found.append(sums / count)
-    return plain, found
+    return plain, plain_losses(plain, adam, STEPS)
 
 
 def together(
@@ -61,7 +51,7 @@ def together(
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 def test_any_number_of_workers_makes_the_same_steps(folder: Path, workers: int) -> None:
-    plain, expected = plain_losses(folder)
+    plain, expected = plain_run(folder)
 
     def act(model: Any, optimizer: RunOptimizer) -> tuple[Any, list[float], list[float | None]]:
         found = [one_step(model, optimizer) for _ in range(STEPS)]
@@ -76,7 +66,7 @@ def test_any_number_of_workers_makes_the_same_steps(folder: Path, workers: int) 
 
 
 def test_a_worker_that_leaves_costs_its_step_and_another_one_takes_its_place(folder: Path) -> None:
-    plain, expected = plain_losses(folder)
+    plain, expected = plain_run(folder)
 
     def stays(model: Any, optimizer: RunOptimizer) -> list[float]:
         return [one_step(model, optimizer) for _ in range(STEPS - optimizer.run.step)]

@@ -33,7 +33,7 @@ def test_a_run_goes_on_in_another_process_under_the_next_number() -> None:
         assert training.is_alive(number), "hosts have not heard of it yet"
     assert not training.is_alive(first + 3)
     world.rounds(1.0)
-    assert world.hosts["h0"].owned, "nobody was told to forget"
+    assert world.hosts["h0"].owned, "hosts keep what they own"
     asked = world.publish(world.commit())
     world.rounds(1.0)
     assert asked.served
