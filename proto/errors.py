@@ -29,7 +29,8 @@ They cross the wire by name::
     |-- StepLost                 a training step cannot be finished, and is to be done again
     |-- EngineError              the trunk's engine failed or was restarted
     |-- ClusterError             Ray, processes, ports: the pool could not be started or reached
-    |   `-- Superseded           a newer controller has taken over
+    |   |-- Superseded           a newer controller has taken over
+    |   `-- StateLost            what a training run keeps is lost, and it goes back to a checkpoint
     `-- InternalError            a defect of ours
 """
 
@@ -244,6 +245,10 @@ class ClusterError(MoesaicError):
 
 class Superseded(ClusterError):
     """A newer controller has taken over; the one that asked has to end."""
+
+
+class StateLost(ClusterError):
+    """What a training run keeps is lost with its hosts; the run goes on from a checkpoint alone."""
 
 
 class InternalError(MoesaicError):

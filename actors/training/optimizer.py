@@ -258,6 +258,16 @@ class RunOptimizer(torch.optim.Optimizer):
         self._saved = _Saved(self._where(), str(target.absolute()), saving)
         return saving
 
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Go back to a training checkpoint: experts, owners' state, and the trunk.
+
+        ``run.step`` is the step after which it was written. Hyperparameters stay what they are; a
+        loop that changes them sets those of that step. All workers call it, with the same folder.
+        It also brings a run back whose state is lost with its hosts (StateLost). Raises
+        CheckpointError, with the pool as it was, and ClusterError.
+        """
+        self._restore({}, str(Path(folder).absolute()))
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Go back to a state: experts, owners and trunk, from its checkpoint if they are not in it.
 

@@ -27,12 +27,13 @@ from ...cluster.training.orders import BulkKey, GroupUpdate, RunId
 from ...cluster.training.workers import Stand, Worker
 from ...cluster.versions import WeightVersions
 from ...models.export.plan import plan_export
-from ...models.export.training_checkpoint import read_checkpoint
+from ...models.export.training_checkpoint import TrainingCheckpoint, read_checkpoint
 from ...proto.errors import (
     BadInput,
     CallError,
     ClusterError,
     MoesaicError,
+    StateLost,
     StepLost,
     Superseded,
     describe_error,
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 # How long a tensor may take to travel.
 BULK_S = 120.0
+# How often a checkpoint is taken over anew because workers come and go meanwhile.
+_RESTORE_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +112,7 @@ class PoolRun:
                 self._each(self._blocks, self._put_weights)
                 self._has = self._where.versions
                 lead.own(self._worker)
-            self._begin(lead.again(self._worker))
+            self._again()
             # Before Ray ends with the process: a thread that asks Ray then would crash it.
             atexit.register(self.close)
         except BaseException:
@@ -219,10 +222,17 @@ class PoolRun:
     def drop(self) -> None:
         """Forget the gradients that were added up; the next attempt begins.
 
-        Raises ClusterError if the run cannot go on.
+        Raises StateLost if the run is broken, and ClusterError.
         """
         self._trunk.learning.end("its gradients were dropped")
-        self._begin(self._lead.again(self._worker))
+        stand = self._again()
+        if stand.broken:
+            raise StateLost(stand.lost)
+
+    def _again(self) -> Stand:
+        stand = self._lead.again(self._worker)
+        self._begin(stand)
+        return stand
 
     def total(self, name: str, numbers: Sequence[float]) -> list[float]:
         """Return the sums of the workers' numbers; ``name`` is used once in an attempt."""
@@ -257,21 +267,36 @@ class PoolRun:
         """Take everything from a folder of `save`: experts, owners' state, the trunk's parameters.
 
         All workers do. What was added up is forgotten. Raises CheckpointError, with the pool as it
-        was, and ClusterError.
+        was, StepLost if workers come and go again and again, and ClusterError.
         """
         checkpoint = read_checkpoint(folder)
         loaded = LoadedRun(checkpoint, self._files)
         self._where = self._lead.where(self._worker)
         loaded.check_frozen()
         self._await_saving()
-        self._trunk.learning.end("a checkpoint is taken over")
+        was_broken = self._lead.is_broken
+        for left in reversed(range(_RESTORE_TRIES)):
+            self._trunk.learning.end("a checkpoint is taken over")
+            try:
+                stand = self._take_over(checkpoint, loaded)
+            except StepLost as error:
+                if not left:
+                    raise
+                log.warning("%s: %s; it is tried again", folder, describe_error(error))
+                stand = self._again()
+                if stand.broken or not was_broken:
+                    continue
+                # The others have taken it over meanwhile.
+            loaded.copy_frozen()
+            self._begin(stand)
+            return
+
+    def _take_over(self, checkpoint: TrainingCheckpoint, loaded: LoadedRun) -> Stand:
         restoring = self._lead.forget(self._worker, checkpoint.digest)
         self._where = restoring.where
         for key in sorted(self._plan.tensors)[restoring.number :: restoring.workers]:
             self._put(BulkKey("state", key, run=restoring.where.run), loaded.state(key))
-        stand = self._lead.take_over(self._worker, checkpoint.step)
-        loaded.copy_frozen()
-        self._begin(stand)
+        return self._lead.take_over(self._worker, checkpoint.step)
 
     def _await_saving(self) -> None:
         """Wait until a checkpoint that is being written has read what a commit would change."""
@@ -307,9 +332,9 @@ class PoolRun:
         learning = self._trunk.learning
         if stand.placed is not None:
             learning.router.wait_placed(stand.placed, PUBLISH_S)
-        if stand.versions != self._has:
+        if stand.versions != self._has and not stand.broken:
             self._each(self._blocks, self._get_weights)
-        self._has = stand.versions
+            self._has = stand.versions
         if not stand.lost and not self._given.may_be_overwritten(stand.members):
             self._given.move()
             learning.use(self._given.memory)

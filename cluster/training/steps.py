@@ -7,7 +7,7 @@ anything may fail: StepLost, and the next attempt begins with the weights of the
 
 A decision to commit is final. A host that does not carry it out has lost what it owns; while each
 key has another owner, nothing is lost. Otherwise the run is broken, and each exchange raises
-ClusterError but `close`, and those that go back to a checkpoint.
+StateLost but `close`, and those that go back to a checkpoint.
 
 A host whose answer is missing may have carried out its order. So `begin` and `again` never use a
 number of an attempt twice, and an attempt is lost if a host may take part in it that is not known
@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ...proto.errors import BadInput, ClusterError, MoesaicError, StepLost
+from ...proto.errors import BadInput, ClusterError, MoesaicError, StateLost, StepLost
 from ..expert_keys import TRUNK, ExpertKey, is_shared
 from ..placement import HostEntry
 from ..versions import WeightVersions
@@ -155,8 +155,8 @@ class TrainingSteps:
         """Go on with what run ``since`` began, in the place of its process, or of one after it.
 
         Called in the place of `open` and `own`; the first attempt begins. Afterwards `versions` may
-        be newer than those that are served; otherwise one is `skipped`. Raises ClusterError if
-        state is lost.
+        be newer than those that are served; otherwise one is `skipped`. If state is lost, the run
+        is `broken`. Raises ClusterError.
         """
         hosts, plan, run = self._hosts, self.plan, self.plan.run
         order = Succeed(
@@ -196,7 +196,8 @@ class TrainingSteps:
         else:
             self.versions = WeightVersions({self.plan.model: version})
             self._next_version = max(self._next_version, version + 1)
-        self._check()
+        if self.broken:
+            return
         if not there.is_published:
             yield hosts.renewals(version)
         yield from self.follow(hosts.pool)
@@ -218,7 +219,7 @@ class TrainingSteps:
 
         If a host fails to begin it, it is `lost` from the beginning.
         """
-        self._check()
+        self.check()
         self._forget_gradients()
         yield from self.follow(pool)
         yield from self._begin()
@@ -286,7 +287,7 @@ class TrainingSteps:
         """Apply what was summed up at all owners, and let replicas have the new weights.
 
         Afterwards `versions` can be served. Raises StepLost while nothing is applied, and
-        ClusterError if the state of some keys is lost.
+        StateLost if the state of some keys is.
         """
         self.check_attempt()
         assert self._reduction is not None, "nothing is summed up"
@@ -315,7 +316,7 @@ class TrainingSteps:
 
     def begin(self) -> Exchange[None]:
         """Begin the first attempt at the next step; if a host fails to, it is `lost`."""
-        self._check()
+        self.check()
         yield from self._begin()
 
     # ---- checkpoints ----------------------------------------------------------------------------
@@ -357,10 +358,10 @@ class TrainingSteps:
         """Take note of the pool's hosts; owners follow. An attempt under way may be lost by that.
 
         Returns the errors of hosts that could not do their part; they are asked again the next
-        time. Raises ClusterError if the run cannot go on.
+        time. Raises StateLost if the run is broken.
         """
         assert not self.owners_stay, "workers put gradients into them"
-        self._check()
+        self.check()
         hosts = self._hosts
         gone = self._gone(pool)
         hosts.pool = pool
@@ -377,16 +378,17 @@ class TrainingSteps:
 
     # ---- parts of these -------------------------------------------------------------------------
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise StateLost if the run is broken."""
         if self.broken:
-            raise ClusterError(self.broken)
+            raise StateLost(self.broken)
 
     def _forget_gradients(self) -> None:
         self._lost, self._reduction, self.owners_stay = _NOT_BEGUN, None, False
 
     def check_attempt(self) -> None:
-        """Raise StepLost if the attempt is lost, and ClusterError if the run is broken."""
-        self._check()
+        """Raise StepLost if the attempt is lost, and StateLost if the run is broken."""
+        self.check()
         if self._lost:
             raise self.lose(self._lost)
 
@@ -414,7 +416,7 @@ class TrainingSteps:
                 f"{why} ({host}: {gone[host]}), and with them the optimizer's state of {lost[0]} "
                 f"({len(lost)} in all); go back to a checkpoint, or train with redundancy"
             )
-            raise ClusterError(self.broken)
+            raise StateLost(self.broken)
         self._hosts.owners = owners
 
     def _enter(self, entries: Mapping[str, HostEntry]) -> Exchange[dict[str, MoesaicError]]:

@@ -38,6 +38,7 @@ class Stand:
     versions: WeightVersions  # of the weights after the last of them
     placed: PlacementId | None  # a placement that names these versions; None: it is known already
     lost: str  # why the attempt is lost from the beginning; empty if it is not
+    broken: bool = False  # whether it is, because the run goes on from a checkpoint alone
     members: frozenset[tuple[str, int]]  # hosts that take part, with their incarnations
     trunk: Mapping[ExpertKey, tuple[HostEntry, ...]]  # hosts that have the trunk's blocks
     number: int  # of this worker, from 0 on

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .connecting import connect
     from .handle import Cluster
     from .models.upcycling.upcycle import upcycle
-    from .proto.errors import MoesaicError, StepLost
+    from .proto.errors import MoesaicError, StateLost, StepLost
     from .starting import up
     from .traces import read_trace, write_trace
     from .training import PoolOptimizer
@@ -60,6 +60,7 @@ __all__ = [
     "RouterClient",
     "ScalingReport",
     "Spec",
+    "StateLost",
     "StepLost",
     "WeightUpdateReport",
     "check_spec",
@@ -92,6 +93,7 @@ _HOMES = {
     "RouterClient": "clients.router_client",
     "ScalingReport": "cluster.reports.scaling",
     "Spec": "cluster.spec.spec",
+    "StateLost": "proto.errors",
     "StepLost": "proto.errors",
     "WeightUpdateReport": "cluster.reports.updates",
     "check_spec": "about",

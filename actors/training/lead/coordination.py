@@ -74,7 +74,10 @@ class Coordination(Protocol):
         ...
 
     def again(self, worker: Worker) -> Stand:
-        """Wait for the next attempt, in which nothing is added up yet; see `Workers`."""
+        """Wait for the next attempt, in which nothing is added up yet; see `Workers`.
+
+        If the run is broken, what is returned says so.
+        """
         ...
 
     def where(self, worker: Worker, attempt: Attempt | None = None) -> Where:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotInTime
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from ....cluster.expert_keys import TRUNK, ExpertKey
@@ -25,6 +25,7 @@ from ....proto.errors import (
     BadInput,
     ClusterError,
     MoesaicError,
+    StateLost,
     StepLost,
     describe_error,
 )
@@ -191,7 +192,9 @@ class Coordinator:
             self._note_missing()
             begun = self._next
         self._advance()
-        _result(begun, "the other workers to begin the next attempt")
+        # That the run is broken is no error here: whoever comes is to bring a checkpoint.
+        with suppress(StateLost):
+            _result(begun, "the other workers to begin the next attempt")
         return self._stand(worker)
 
     def _stand(self, worker: Worker) -> Stand:
@@ -204,13 +207,14 @@ class Coordinator:
                 step=steps.step,
                 versions=steps.versions,
                 placed=self._placed,
-                lost=silent or steps.lost,
+                lost=steps.broken or silent or steps.lost,
+                broken=bool(steps.broken),
                 members=frozenset(steps.members),
                 trunk={
                     key: tuple(steps.having(key)) for key in self.plan.tensors if key.layer == TRUNK
                 },
                 number=part.index(worker.name) if takes_part else 0,
-                workers=len(part),
+                workers=max(1, len(part)),
             )
 
     def _note_missing(self) -> None:
@@ -269,8 +273,9 @@ class Coordinator:
 
     def _begin(self) -> None:
         steps, fresh = self.steps, self._fresh
+        steps.check()
         self._fresh, self._room = False, None
-        if self._served != steps.versions and not steps.broken:
+        if self._served != steps.versions:
             self._publish()
             self.driver.exchange(steps.begin())
         elif not fresh:

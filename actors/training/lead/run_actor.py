@@ -235,10 +235,10 @@ class RemoteCoordinator:
         return self._meet("total", worker, attempt, name, numbers)
 
     def forget(self, worker: Worker, checkpoint: str) -> Restoring:
-        return self._call("forget", worker, checkpoint)
+        return self._to_be_restored("forget", worker, checkpoint)
 
     def take_over(self, worker: Worker, step: int) -> Stand:
-        return self._at(self._call("take_over", worker, step))
+        return self._at(self._to_be_restored("take_over", worker, step))
 
     def leave(self, worker: Worker) -> None:
         self._stop.set()
@@ -261,6 +261,12 @@ class RemoteCoordinator:
             return self._ask(what, worker, attempt, *given)
         except _Unreachable as error:
             raise StepLost(f"{attempt} is lost: {error}") from error
+
+    def _to_be_restored(self, what: str, worker: Worker, given: Any) -> Any:
+        try:
+            return self._ask(what, worker, given)
+        except _Unreachable as error:
+            raise StepLost(f"the checkpoint is not taken over: {error}") from error
 
     def _call(self, what: str, *given: Any, timeout_s: float = LONG_S, **named: Any) -> Any:
         try:

@@ -96,6 +96,7 @@ def _succeed(world: TrainingWorld) -> None:
     world.succeeding = True
     world.exchange(steps.succeed(world.first_run))
     world.succeeding = False
+    steps.check()
     published = world.made[world.latest]
     if steps.step not in (published, published + 1):
         raise Violation("no step is lost", f"{steps.step}, and {published} published")
