@@ -31,6 +31,7 @@ models/trunk                        proto kernels models/folder
 models/export                       proto models/folder models/trunk
 models/training                     proto kernels models/trunk
 models/upcycling                    proto models/folder
+models/data                         proto models/folder
 models                              proto models/folder models/upcycling
 
 cluster                             proto
