@@ -68,9 +68,10 @@ def _marked_spans(
 ) -> list[Span]:
     """Return where the marked parts stand in ``text``.
 
-    The mask of tokens that apply_chat_template makes of these is not used: where a marked part ends
-    with characters that no token stands for, such as spaces with some tokenizers, the mask covers
-    everything after it, with the next questions.
+    The mask of tokens that apply_chat_template makes of these is not used. It is wrong where a part
+    begins or ends with a character that no token stands for, such as a space with some tokenizers:
+    it leaves out that answer and all later ones, or covers everything that follows the answer, with
+    the next questions.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

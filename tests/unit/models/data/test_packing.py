@@ -20,7 +20,7 @@ PLAIN = (
     "<bos>{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# The marked part ends with a space, for which there is no token.
+# The marked part begins and ends with a space, for which there is no token.
 MARKED = (
     "<bos>{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
     "{% generation %} {{ m.content }} <end> {% endgeneration %}"
