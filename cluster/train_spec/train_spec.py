@@ -1,0 +1,172 @@
+"""The spec of `moesaic train`: what is trained, on what, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from ...proto.errors import SpecError
+from ..spec.parts import Part
+from ..spec.text import StrictLoader, problems
+from .schedule import Kind, Schedule
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class DataSpec(Part):
+    """What is learned from. It is packed once into a file of tokens, beside the checkpoints."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A text file, a JSONL file, a folder of either, or a folder of `datasets`."""
+    format: Literal["auto", "text", "jsonl", "dataset"] = "auto"
+    """How it is read; `auto` looks at it."""
+    pattern: str | None = None
+    """Which files of a folder, such as `**/*.md`; the default is all that fit the format."""
+    learn: Literal["answers", "all"] = "answers"
+    """Of conversations: the assistant's answers, or all of them. Of texts always all."""
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a sequence; documents are packed one after the other."""
+    held_out: Fraction = 0.05
+    """The part of the sequences that is kept for evaluation; 0: none."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """What the order of the sequences, and the choice of those held out, depend on."""
+
+
+class BatchSpec(Part):
+    """How many sequences a step has."""
+
+    sequences: Count = 8
+    """Sequences of a step, whatever the number of workers."""
+    microbatch: Count = 2
+    """Sequences of one forward pass; more need more memory."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> BatchSpec:
+        if self.sequences % self.microbatch:
+            raise ValueError(
+                f"sequences: {self.sequences}: it must be a multiple of microbatch, "
+                f"{self.microbatch}"
+            )
+        return self
+
+
+class WorkersSpec(Part):
+    """The processes that compute the steps."""
+
+    count: Count = 1
+    """How many there are. The result does not depend on it."""
+    threads: Count = 1
+    """Threads of each."""
+    num_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """CPUs that each reserves from Ray."""
+
+
+class OptimizerSpec(Part):
+    """How gradients are applied."""
+
+    name: str = "AdamW"
+    """A class of `torch.optim`."""
+    settings: dict[str, Any] = Field(default_factory=lambda: {"lr": 1e-4})
+    """Its hyperparameters."""
+    max_grad_norm: Positive | None = 1.0
+    """The norm of all gradients is clipped to this; null: it is not."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What happens if gradients are not finite: the run stops, or the step is skipped."""
+    redundancy: Annotated[int, Field(ge=0)] | None = None
+    """How many hosts may be lost with what they own; null: `balance.redundancy` of the cluster."""
+    exact: bool = False
+    """Whether sums of gradients are independent of the order in which they arrive."""
+
+
+class ScheduleSpec(Part):
+    """How the learning rate changes."""
+
+    kind: Kind = "cosine"
+    """The curve after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which it rises from 0."""
+    last_part: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """What is left of it at the end."""
+
+
+class EvaluationSpec(Part):
+    """Looks at the loss of the sequences that are held out."""
+
+    every_steps: Count = 50
+    """How often; also before the first step and after the last."""
+    sequences: Count = 64
+    """At most so many of them."""
+
+
+class CheckpointsSpec(Part):
+    """Where the run is saved."""
+
+    folder: Annotated[str, Field(min_length=1)] = "runs/train"
+    """The folder of the run: checkpoints, the file of tokens, TensorBoard's events."""
+    every_steps: Count | None = 100
+    """How often it is saved; null: not by steps."""
+    every_minutes: Positive | None = None
+    """How often it is saved by the clock; null: not by it."""
+    keep: Count = 3
+    """How many of the last checkpoints stay."""
+
+
+class TrainSpec(Part):
+    """A training run over a cluster."""
+
+    cluster: str = "local"
+    """The name of the cluster, which runs already."""
+    model: str | None = None
+    """The model; null: the only one that the cluster has."""
+    steps: Count = 200
+    """How many steps the run has."""
+    data: DataSpec
+    batch: BatchSpec = BatchSpec()
+    workers: WorkersSpec = WorkersSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    evaluation: EvaluationSpec | None = EvaluationSpec()
+    """null: there is none."""
+    checkpoints: CheckpointsSpec = CheckpointsSpec()
+    balance_loss: Positive | None = None
+    """The coefficient of the auxiliary loss of the whole step; null: there is none."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSpec:
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps: {self.schedule.warmup_steps}: the run has only "
+                f"{self.steps} steps"
+            )
+        return self
+
+    @property
+    def curve(self) -> Schedule:
+        given = self.schedule
+        return Schedule(
+            kind=given.kind,
+            steps=self.steps,
+            warmup_steps=given.warmup_steps,
+            last_part=given.last_part,
+        )
+
+
+def load_train_spec(path: Path) -> TrainSpec:
+    """Read a spec of `moesaic train`. Raises SpecError that names the path of each wrong key."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise SpecError(f"{path}: a mapping is expected, not {type(values).__name__}")
+    try:
+        return TrainSpec.model_validate(values)
+    except ValidationError as error:
+        raise SpecError(f"{path}: {problems(error, values)}") from error
