@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple, cast, get_args
 
-ProcessKind = Literal["host", "controller", "trunk", "ingress", "router", "run"]
+ProcessKind = Literal["host", "controller", "trunk", "ingress", "router", "run", "worker"]
 
 _SAID = re.compile(rf"^moesaic: ({'|'.join(get_args(ProcessKind))}) (\S+) of (\S+)$", re.MULTILINE)
 

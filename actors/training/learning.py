@@ -70,6 +70,7 @@ class Learning:
         # The next part's number by layer and microbatch; a layer may be called more than once.
         self._parts: Counter[tuple[int, int]] = Counter()
         self._layers: set[int] = set()
+        self._assignments: dict[int, Tensor] = {}  # int64, up to the largest id that was chosen
         self._lent = LentLayers(router, model, dtype, sums_limit_bytes)
         self._broken: str | None = None  # why gradients of the attempt may be missing
 
@@ -83,6 +84,7 @@ class Learning:
         self._microbatch = 0
         self._parts.clear()
         self._layers.clear()
+        self._assignments.clear()
         self._lent.clear()
         self._broken = None
 
@@ -99,6 +101,14 @@ class Learning:
     def layers(self) -> frozenset[int]:
         """The layers whose gradients were added up in the attempt under way, or the last one."""
         return frozenset(self._layers)
+
+    def assignments(self, layer: int, experts: int) -> list[float]:
+        """Return how many rows each of a layer's experts had, in all backward calls of the attempt.
+
+        A layer that is computed again for its gradients counts once.
+        """
+        found = self._assignments.get(layer, torch.zeros(0)).tolist()
+        return [*map(float, found), *[0.0] * (experts - len(found))]
 
     def take(self) -> Mapping[ExpertKey, dict[str, Tensor]]:
         """Return the gradients that were added up here, by expert and name, and forget them.
@@ -178,12 +188,21 @@ class Learning:
             found = None if call.sent else self._lent.backward(key, call.kept, *given)
             if found is None:
                 found = self._through_pool(key, call, *given)
+            self._count(key.layer, ids_TK)
             self.learned(key.layer)
         except BaseException as error:
             self._broken = f"{call.attempt} is over ({describe_error(error)})"
             self.end(f"{self._broken}; call zero_grad() first")
             raise
         return found
+
+    def _count(self, layer: int, ids_TK: Tensor) -> None:
+        before = self._assignments.get(layer)
+        least = 0 if before is None else len(before)
+        counts = torch.bincount(ids_TK.detach().flatten().cpu(), minlength=least)
+        if before is not None:
+            counts[: len(before)] += before
+        self._assignments[layer] = counts
 
     def _through_pool(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...cluster.expert_keys import TRUNK, ExpertKey
+from ...cluster.expert_keys import TRUNK, ExpertKey, is_shared
 from ...cluster.placement import HostEntry
 from ...cluster.training.orders import BulkKey, GroupUpdate, RunId
 from ...cluster.training.workers import Stand, Worker
@@ -87,6 +88,8 @@ class PoolRun:
         self._blocks = {
             key: tuple(one.groups) for key, one in plan.tensors.items() if key.layer == TRUNK
         }
+        experts = (key for key in plan.tensors if key.layer != TRUNK and not is_shared(key))
+        self._experts = dict(sorted(Counter(key.layer for key in experts).items()))
         self._files = SavedRun(
             model=plan.model,
             trunk=trunk.model,
@@ -163,6 +166,11 @@ class PoolRun:
     def is_open(self) -> bool:
         """Whether the attempt goes on, so that there is something to add up to."""
         return self._trunk.learning.is_open
+
+    def assignments(self) -> dict[int, list[float]]:
+        """Return how many rows of this worker each expert had in the attempt, by layer."""
+        learning = self._trunk.learning
+        return {layer: learning.assignments(layer, n) for layer, n in self._experts.items()}
 
     def squares(self) -> Mapping[tuple[int, str], float]:
         """Return the sum of squares of the experts' gradients, by layer and name in the pool.

@@ -77,6 +77,10 @@ class TrainingRun(Protocol):
         """Call ``learned(layer)`` whenever the gradients of a layer's call were added up."""
         ...
 
+    def assignments(self) -> Mapping[int, Sequence[float]]:
+        """Return how many rows of this worker each expert had in the attempt, by layer."""
+        ...
+
     def squares(self) -> Mapping[tuple[int, str], float]:
         """Return the sum of squares of the experts' gradients, by layer and name in the pool.
 

@@ -12,6 +12,7 @@ from .placing import ChangeReport, DrainReport, PlanReport
 from .report import Report
 from .scaling import ScalingReport
 from .status import ClusterStatus, EndpointStatus, StatusDocument
+from .training import TrainReport
 from .updates import WeightUpdateReport
 
 # Command -> the report that `--json` prints, and whether it prints a list of them.
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[type[Report], bool]] = {
     "drain": (DrainReport, False),
     "scale": (ScalingReport, False),
     "apply": (ApplyReport, False),
+    "train": (TrainReport, False),
     "expert put": (WeightUpdateReport, False),
     "expert revert": (WeightUpdateReport, False),
 }

@@ -40,13 +40,6 @@ class Order:
             place, left = place + len(part), left - len(part)
         return found
 
-    def microbatches(self, step: int, size: int) -> list[list[int]]:
-        """Return the numbers of ``step`` in microbatches of ``size``; the last may have fewer."""
-        if size < 1:
-            raise BadInput(f"size of a microbatch: has to be at least 1, not {size}")
-        numbers = self.numbers(step)
-        return [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
-
     def epoch(self, step: int) -> float:
         """Return how many epochs are over when ``step`` begins."""
         return step * self.per_step / self.sequences

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .proto.errors import MoesaicError, StateLost, StepLost
     from .starting import up
     from .traces import read_trace, write_trace
-    from .training import PoolOptimizer
+    from .training import PoolOptimizer, train
 
 # OpenMP reads it once, when torch is loaded. A trunk and its hosts take turns on the same cores,
 # and threads that spin while they wait make both ten times slower (measured).
@@ -70,6 +70,7 @@ __all__ = [
     "load_spec",
     "measure_load",
     "read_trace",
+    "train",
     "up",
     "upcycle",
     "versions",
@@ -103,6 +104,7 @@ _HOMES = {
     "load_spec": "cluster.spec.spec",
     "measure_load": "bench",
     "read_trace": "traces",
+    "train": "training",
     "up": "starting",
     "upcycle": "models.upcycling.upcycle",
     "versions": "about",

@@ -485,9 +485,11 @@ class Cluster:
             )
         return namespace_of(self.name)
 
-    def _model(self, name: str) -> ModelRef:
-        """Return one of the cluster's models. Raises ClusterError."""
+    def _model(self, name: str | None) -> ModelRef:
+        """Return one of the cluster's models; None: its only one. Raises ClusterError."""
         known = {ref.name: ref for ref, _ in self._controller.ask("models", timeout_s=ASK_S)}
+        if name is None and len(known) == 1:
+            return next(iter(known.values()))
         if name not in known:
             raise ClusterError(
                 f"model: {name!r} is not one of the cluster's models: {', '.join(sorted(known))}"

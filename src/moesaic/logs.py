@@ -18,7 +18,7 @@ from .actors.runtime.process_labels import announced
 from .proto.errors import ClusterError, RequestError
 from .session import ClusterSession
 
-LogKind = Literal["controller", "ingress", "router", "trunk", "host", "run"]
+LogKind = Literal["controller", "ingress", "router", "trunk", "host", "run", "worker"]
 KINDS: tuple[LogKind, ...] = get_args(LogKind)
 
 LOOK_S = 0.25

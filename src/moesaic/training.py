@@ -1,16 +1,21 @@
-"""`PoolOptimizer`: trains a model whose experts are in a cluster."""
+"""Training a model whose experts are in a cluster: `PoolOptimizer`, and `train`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
 from .actors.training.optimizer import RunOptimizer
 from .actors.training.run_options import RunOptions, crew_of
+from .cluster.train_command.train_spec import TrainSpec, load_train_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .actors.training.command.command import Watcher
+    from .cluster.reports.training import TrainReport
     from .handle import Cluster
 
 
@@ -67,3 +72,37 @@ class PoolOptimizer(RunOptimizer):
             not_finite=not_finite,
             **hyperparameters,
         )
+
+
+def train(
+    spec: TrainSpec | str | Path,
+    *,
+    resume: bool = False,
+    only_check: bool = False,
+    stop: Event | None = None,
+    watcher: Watcher | None = None,
+) -> TrainReport:
+    """Train a model of a running cluster as a spec says, and return when that is done.
+
+    ``spec`` is one, or the path of its file; `moesaic train` does the same. Workers are started on
+    the cluster's Ray, and others in their places if they die. ``resume`` goes on with the run in
+    `checkpoints.folder`. With ``only_check`` all is checked and packed, and nothing is started.
+    ``stop`` ends the run after the step under way, with a checkpoint. ``watcher`` is told how it
+    goes. Raises SpecError and BadInput before anything starts, ClusterError, BadExpert for
+    gradients that are not finite, and StateLost if state is lost before the first checkpoint.
+    """
+    from .actors.training.command.command import Watcher as Quiet
+    from .actors.training.command.command import run_command
+    from .connecting import connect
+
+    given = spec if isinstance(spec, TrainSpec) else load_train_spec(Path(spec))
+    cluster = connect(given.cluster)
+    return run_command(
+        cluster._join(),
+        cluster._model(given.model),
+        given,
+        resume=resume,
+        only_check=only_check,
+        stop=stop or Event(),
+        watcher=watcher or Quiet(),
+    )

@@ -53,7 +53,7 @@ cluster/scaling                     cluster/load cluster/planner cluster/reports
 cluster/spec                        proto cluster cluster/service cluster/batching
                                     cluster/host cluster/routing cluster/planner cluster/control
                                     cluster/reports cluster/scaling cluster/tracing
-cluster/train_spec                  proto cluster/spec
+cluster/train_command                  proto cluster/spec
 cluster/comparison                  cluster cluster/load cluster/planner cluster/control
                                     cluster/scaling
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -75,8 +76,6 @@ class OptimizerSpec(Part):
     """Its hyperparameters."""
     max_grad_norm: Positive | None = 1.0
     """The norm of all gradients is clipped to this; null: it is not."""
-    not_finite: Literal["stop", "skip"] = "stop"
-    """What happens if gradients are not finite: the run stops, or the step is skipped."""
     redundancy: Annotated[int, Field(ge=0)] | None = None
     """How many hosts may be lost with what they own; null: `balance.redundancy` of the cluster."""
     exact: bool = False
@@ -104,10 +103,11 @@ class EvaluationSpec(Part):
 
 
 class CheckpointsSpec(Part):
-    """Where the run is saved."""
+    """Where the run is saved, besides the end, and after Ctrl-C."""
 
     folder: Annotated[str, Field(min_length=1)] = "runs/train"
-    """The folder of the run: checkpoints, the file of tokens, TensorBoard's events."""
+    """The folder of the run: checkpoints, the file of tokens, records of all steps, TensorBoard's
+    events. All machines on which workers run must have it under the same path."""
     every_steps: Count | None = 100
     """How often it is saved; null: not by steps."""
     every_minutes: Positive | None = None
@@ -156,8 +156,57 @@ class TrainSpec(Part):
         )
 
 
-def load_train_spec(path: Path) -> TrainSpec:
-    """Read a spec of `moesaic train`. Raises SpecError that names the path of each wrong key."""
+# What decides which sequences a step has, and what its state belongs to. Another number of workers,
+# another schedule or learning rate go on with the same run.
+_FIXED = ("model", "data", "batch.sequences", "optimizer.name")
+
+
+class Difference(NamedTuple):
+    """A key that two specs differ in."""
+
+    path: str
+    before: object
+    after: object
+    is_fixed: bool  # whether a run cannot go on with another value
+
+
+def differences(before: TrainSpec, after: TrainSpec) -> list[Difference]:
+    """Return what differs, key by key, but where the cluster and the folder are."""
+    old, new = (_flat(one.model_dump(mode="json")) for one in (before, after))
+    return [
+        Difference(
+            path,
+            old.get(path),
+            new.get(path),
+            any(path == fixed or path.startswith(f"{fixed}.") for fixed in _FIXED),
+        )
+        for path in dict.fromkeys([*old, *new])
+        if old.get(path) != new.get(path) and path not in ("cluster", "checkpoints.folder")
+    ]
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{above}{name}.")
+        else:
+            found[above + name] = value
+    return found
+
+
+def load_train_spec(
+    path: Path,
+    *,
+    data: str | None = None,
+    steps: int | None = None,
+    folder: str | None = None,
+) -> TrainSpec:
+    """Read a spec of `moesaic train`. Raises SpecError that names the path of each wrong key.
+
+    ``data``, ``steps`` and ``folder`` stand in the places of the keys data.path, steps and
+    checkpoints.folder, if they are given.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -166,6 +215,11 @@ def load_train_spec(path: Path) -> TrainSpec:
         raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise SpecError(f"{path}: a mapping is expected, not {type(values).__name__}")
+    if steps is not None:
+        values["steps"] = steps
+    for part, key, value in (("data", "path", data), ("checkpoints", "folder", folder)):
+        if value is not None and isinstance(values.setdefault(part, {}), dict):
+            values[part][key] = value
     try:
         return TrainSpec.model_validate(values)
     except ValidationError as error:

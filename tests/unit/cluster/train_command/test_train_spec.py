@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from moesaic.cluster.train_spec.schedule import Kind, Schedule
-from moesaic.cluster.train_spec.train_spec import TrainSpec, load_train_spec
+from moesaic.cluster.train_command.schedule import Kind, Schedule
+from moesaic.cluster.train_command.train_spec import TrainSpec, load_train_spec
 from moesaic.proto.errors import SpecError
 
 

@@ -1,0 +1,115 @@
+"""Starts the workers of `moesaic train`, and others in the places of those that are gone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from ....proto.errors import ClusterError, InternalError, MoesaicError, describe_error
+from ...runtime.log_settings import log_runtime_env
+from ...runtime.ray_border import last_line, ray_get
+from ...store.durable_state import stored_deployment
+from .worker import RayTrainWorker, Work
+
+log = logging.getLogger(__name__)
+
+# How long Ray may take to start a worker.
+START_S = 180.0
+# How many workers may be lost before the run makes another step.
+MOST_LOSSES = 5
+# Methods of a worker that run at once: `run`, and those that come meanwhile.
+_CALLS = 4
+
+
+class WorkerCrew:
+    """The workers of one run. They end with the process that has started them."""
+
+    def __init__(self, work: Work, *, told: Callable[[str], None]) -> None:
+        """Start all; ``told`` gets a line for each that is replaced. Raises ClusterError."""
+        self._work = work
+        self._told = told
+        self._workers: dict[int, Any] = {}
+        self._runs: dict[Any, int] = {}  # number of the worker by the future of its `run`
+        self._losses = 0
+        self._step = -1
+        try:
+            for number in range(work.spec.workers.count):
+                self._start(number, again=False)
+            for number in range(work.spec.workers.count):
+                self._await(number)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, number: int, *, again: bool) -> None:
+        deployment = stored_deployment(self._work.namespace)
+        self._workers[number] = (
+            ray.remote(RayTrainWorker)
+            .options(
+                namespace=self._work.namespace,
+                num_cpus=self._work.spec.workers.num_cpus,
+                max_concurrency=_CALLS,
+                scheduling_strategy="SPREAD",
+                **log_runtime_env(deployment.log_environment if deployment else None),
+            )
+            .remote(self._work, number, again=again)
+        )
+        self._runs[self._workers[number].run.remote()] = number
+
+    def _await(self, number: int) -> None:
+        cpus = self._work.spec.workers.num_cpus
+        what = f"starting worker {number}, for which Ray reserves {cpus:g} CPUs (workers.num_cpus)"
+        ray_get(self._workers[number].pid.remote(), START_S, what)
+
+    def look(self, step: int, timeout_s: float) -> bool:
+        """Wait a little, and replace workers that are gone; return whether all have ended.
+
+        ``step`` is the last one that was recorded. Raises the error with which a worker has ended,
+        and ClusterError if too many are lost.
+        """
+        if step != self._step:
+            self._step, self._losses = step, 0
+        ended, _ = ray.wait(list(self._runs), num_returns=1, timeout=timeout_s)
+        for one in ended:
+            number = self._runs.pop(one)
+            try:
+                ray.get(one)
+            except RayActorError as error:
+                self._replace(number, last_line(error))
+            except RayTaskError as error:
+                if isinstance(error.cause, MoesaicError):
+                    raise error.cause from None
+                raise InternalError(f"worker {number}: {describe_error(error.cause)}") from error
+        return not self._runs
+
+    def _replace(self, number: int, why: str) -> None:
+        self._losses += 1
+        if self._losses > MOST_LOSSES:
+            raise ClusterError(
+                f"{self._losses} workers were lost after step {self._step}; the last one: worker "
+                f"{number}: {why}. `moesaic logs worker` has what they said"
+            )
+        self._told(f"worker {number} is gone ({why}); another one takes its place")
+        self._start(number, again=True)
+
+    def stop(self) -> None:
+        """Let all workers end after the step under way."""
+        for worker in self._workers.values():
+            worker.stop.remote()
+
+    def pids(self) -> dict[int, int]:
+        """Return the process of each worker. Raises ClusterError."""
+        return {
+            number: ray_get(worker.pid.remote(), START_S, f"asking worker {number}")
+            for number, worker in self._workers.items()
+        }
+
+    def close(self) -> None:
+        """End all workers at once."""
+        for worker in self._workers.values():
+            ray.kill(worker)
+        self._runs.clear()

@@ -1,0 +1,124 @@
+"""The folder of a run of `moesaic train`: tokens, records, checkpoints, and what it was begun with."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ....cluster.train_command.records import Record, line_of, record_of
+from ....cluster.train_command.train_spec import TrainSpec, differences
+from ....models.export.training_checkpoint import TrainingCheckpoint, keep_last, list_checkpoints
+from ....proto.errors import CheckpointError, SpecError
+
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """Names of what is in the folder, and how it is read and written.
+
+    Only one process at a time adds records.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens = path / "tokens.safetensors"
+        self.checkpoints = path / "checkpoints"
+        self.events = path / "tensorboard"
+        self._records = path / "steps.jsonl"
+        self._begun_with = path / "run.json"
+        self._adds = False
+
+    def check(
+        self, spec: TrainSpec, *, resume: bool, told: Callable[[str], None] = log.info
+    ) -> None:
+        """Check that a run can begin here, or that the one that was begun can go on.
+
+        ``told`` gets a line for each key of the spec that has changed. Raises SpecError if there is
+        a run already and ``resume`` is false, or none and it is true, or if what has changed would
+        change which sequences a step has, or what is trained; and CheckpointError.
+        """
+        there = self._begun_with.is_file() and (self._records.is_file() or self._has_checkpoints)
+        where = f"checkpoints.folder: {self.path}"
+        if there and not resume:
+            raise SpecError(
+                f"{where}: it has a run already; go on with it (--resume), or name another folder"
+            )
+        if resume and not there:
+            raise SpecError(f"{where}: it has no run to resume; begin one without --resume")
+        if there:
+            for path, old, new, is_fixed in differences(self._spec(), spec):
+                if is_fixed:
+                    raise SpecError(
+                        f"{path}: {new!r}, and the run in {self.path} was begun with {old!r}; "
+                        "with another value it would not be the same run. Begin one in another "
+                        "folder"
+                    )
+                told(f"{path}: {old!r} before, and {new!r} from now on")
+
+    def begin(self, spec: TrainSpec) -> None:
+        """Take note of what the run goes on with. Raises OSError."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        draft = self._begun_with.with_suffix(".draft")
+        draft.write_text(json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
+        draft.replace(self._begun_with)
+
+    def _spec(self) -> TrainSpec:
+        try:
+            return TrainSpec.model_validate(json.loads(self._begun_with.read_text()))
+        except ValueError as error:
+            raise CheckpointError(f"{self._begun_with}: no spec of a run: {error}") from error
+
+    @property
+    def _has_checkpoints(self) -> bool:
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder for the checkpoint after ``step`` steps."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def newest(self) -> TrainingCheckpoint | None:
+        """Return the newest checkpoint that is whole, if there is any."""
+        found = list_checkpoints(self.checkpoints)
+        for path, error in found.damaged.items():
+            log.warning("%s is left out: %s", path, error)
+        return found.whole[-1] if found.whole else None
+
+    def keep_last(self, count: int) -> None:
+        keep_last(self.checkpoints, count)
+
+    # ---- records --------------------------------------------------------------------------------
+
+    def add(self, record: Record) -> None:
+        """Add a record."""
+        with self._records.open("ab+") as file:
+            if not self._adds and file.tell():
+                file.seek(-1, 2)
+                # A process that was killed may have left a part of a line.
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(line_of(record).encode() + b"\n")
+        self._adds = True
+
+    def records(self, since: int = 0) -> tuple[list[Record], int]:
+        """Return the records from byte ``since`` on, and where the next ones will begin."""
+        try:
+            with self._records.open("rb") as file:
+                file.seek(since)
+                found = file.read()
+        except FileNotFoundError:
+            return [], since
+        whole = found[: found.rfind(b"\n") + 1]
+        records: list[Record] = []
+        for line in whole.decode().splitlines():
+            try:
+                records.append(record_of(line))
+            except CheckpointError as error:
+                log.warning("%s: a line is left out: %s", self._records, error)
+        return records, since + len(whole)
+
+
