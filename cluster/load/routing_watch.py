@@ -98,9 +98,9 @@ class _Bounds:
         return peak >= self.peak or spread <= self.spread or dead > self.dead
 
 
-# Popular experts are no collapse: if chances of 128 experts follow Zipf's law with exponent 1, and a
-# token takes 8 of them, the peak is 0.83 and the spread 0.74. The two sets of bounds are apart,
-# so that a layer at the edge of one does not come and go.
+# Popular experts are no collapse: if the chances of 128 experts follow Zipf's law with exponent 1,
+# and a token takes 8 of them, the peak is 0.83 and the spread 0.74. The two sets of bounds are
+# apart, so that a layer at the edge of one does not come and go.
 _COLLAPSES = _Bounds(peak=0.95, spread=0.25, dead=0.5)
 _STAYS = _Bounds(peak=0.85, spread=0.35, dead=0.4)
 
