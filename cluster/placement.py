@@ -125,6 +125,7 @@ class ModelShape:
     exact: bool = False
     expert_bytes: int = 0  # memory of one expert on a host
     idle_s: float | None = None  # seconds without a request until it falls asleep; None: never
+    experts_per_token: int | None = None  # that its gates choose; None: unknown
 
 
 def initial_placement(

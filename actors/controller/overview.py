@@ -157,6 +157,7 @@ class Overview:
                     missing_experts=sum(1 for key in missing if key.model == name),
                     updated_experts=len(control.weights.updated(shape)),
                     volatile_experts=len(control.weights.volatile(shape)),
+                    routing=self.watchdog.routing.layers(name),
                 )
                 for name, (ref, shape) in self.models.items()
             ],
@@ -194,6 +195,7 @@ class Overview:
                         sum(float(r.sum()) for key, r in rates.items() if key.model == model), 1
                     ),
                     balancedness=self.watchdog.balancedness.get(model),
+                    worst_routing=self.watchdog.routing.worst(model),
                 )
                 for model in sorted(control.models)
             ],

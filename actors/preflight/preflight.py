@@ -139,4 +139,5 @@ def shape_of(model: ModelSpec, described: ModelDescription) -> ModelShape:
         exact=model.exact,
         idle_s=model.idle_s,
         expert_bytes=described.expert_bytes,
+        experts_per_token=described.top_k,
     )

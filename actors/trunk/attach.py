@@ -11,6 +11,7 @@ from ...cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
 from ...cluster.placement import ModelRef, ModelShape
 from ...models.training.trainable_trunk import trainable_trunk_of
 from ...models.trunk.adapters import needs_adapter
+from ...models.trunk.describe import experts_per_token
 from ...models.trunk.experts_layers import (
     ExpertsLayer,
     expert_bytes,
@@ -83,6 +84,7 @@ def attach_model(
         replicas=replicas,
         exact=exact,
         expert_bytes=max(expert_bytes(layer, dtype) for layer in layers),
+        experts_per_token=experts_per_token(model.config, layers[0]),
     )
     controller = controller_of(namespace)
     wanted: list[Granted] = ray_get(

@@ -1,6 +1,7 @@
 """Health of the controller, as figures and as warnings.
 
-The figures are metrics and part of `status`; each warning names something that makes no progress.
+The figures are metrics and part of `status`; each warning names something that makes no progress,
+or a model whose routing has collapsed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..expert_keys import LayerKey
+from ..load.routing_watch import AGREEING, AGREEING_SERVED, RoutingWatch
+from ..load.tracker import grown
 from ..reports.report import Balancedness, balancedness_of
 from .change_impact import balancedness_under
 from .control import Control
@@ -43,9 +48,10 @@ class Vitals:
     epoch: int
     failing: bool  # whether the last tick or the last plan ended with an error
     hosts: dict[str, int]  # state -> how many
+    collapses: tuple[str, ...] = ()  # of models whose routing has collapsed, in words
 
     def warnings(self) -> list[str]:
-        """Return a text for each thing that makes no progress."""
+        """Return a text for each thing that makes no progress, or goes wrong unseen."""
         found = []
         if self.tick_age_s > TICK_STALLED_S:
             found.append(f"the controller has not run for {self.tick_age_s:.0f} s")
@@ -58,7 +64,7 @@ class Vitals:
                 f"{self.moves_pending} planned replicas are missing, and none has arrived for "
                 f"{self.move_age_s:.0f} s"
             )
-        return found
+        return found + list(self.collapses)
 
 
 @dataclass(slots=True)
@@ -89,6 +95,8 @@ class Watchdog:
         self.balancedness: dict[str, Balancedness] = {}  # of each model
         self.overall_balancedness: Balancedness | None = None
         self.layer_balancedness: dict[LayerKey, float] = {}  # of each layer with load
+        self.routing = RoutingWatch()
+        self._seen_totals: dict[LayerKey, np.ndarray] = {}  # (E,) each
 
     # ---- input ----------------------------------------------------------------------------------
 
@@ -128,6 +136,9 @@ class Watchdog:
             epoch=control.placement_id.epoch,
             failing=self._failing or self._plan_failures > 0,
             hosts=dict(sorted(Counter(states).items())),
+            collapses=tuple(
+                text for model in control.models if (text := self.routing.warning(model))
+            ),
         )
 
     def _look(self, now: float) -> None:
@@ -143,9 +154,28 @@ class Watchdog:
                 self._moved_at = now
             self._missing = len(control.missing())
             self.unprotected = Counter(key.model for key in control.unprotected())
+        self._watch_routing()
         if self._looked_at is None or now - self._looked_at >= _LOOK_S:
             self._looked_at = now
             self._balance(now)
+
+    def _watch_routing(self) -> None:
+        """Judge the routing by what routers have reported since the last time."""
+        control, run = self._control, self._control.training.alive
+        for key, totals_E in control.loads.totals.items():
+            before_E = self._seen_totals.get(key)
+            shape = control.models.get(key.model)
+            if totals_E is before_E or shape is None:
+                continue
+            trained = run is not None and run.model == key.model
+            self.routing.add(
+                key,
+                grown(before_E, totals_E),
+                experts_per_token=shape.experts_per_token,
+                agreeing=AGREEING if trained else AGREEING_SERVED,
+            )
+        self._seen_totals = dict(control.loads.totals)
+        self.routing.keep(self._seen_totals.keys())
 
     def _balance(self, now: float) -> None:
         placement, loads = self._control.placement, self._control.loads

@@ -19,7 +19,8 @@ router: the controller adds up what routers count, which they report once a seco
 while they have no load. A series goes away with its host, its model or its transport.
 `monitoring.hot_experts` (default: 20) experts have series of their own, those of all models with
 the most load; an expert that leaves them takes its series with it. `moesaic experts` shows all
-experts.
+experts. The label `layer` of the metrics of routing has the layers of the models that are served,
+so a model of 60 layers has 180 such series, whatever its gates do.
 
 If the controller does not answer within 5 s, `moesaic_controller_up` is 0, and the series that it
 answers for are absent, not old. If a trunk does not answer, its `moesaic_engine_healthy` is 0, and

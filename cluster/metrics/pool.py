@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..reports.report import HostState
-from ..reports.status import ClusterStatus, HostStatus, RouterServiceState
+from ..reports.status import ClusterStatus, HostStatus, ModelStatus, RouterServiceState
 from .families import Families
 from .snapshot import MetricsSnapshot
 
@@ -66,10 +66,21 @@ def _models(found: Families, snapshot: MetricsSnapshot) -> None:
         found.add("loaded_replicas_total", figures.loads.loaded, model=name)
         found.add("loaded_bytes_total", figures.loads.loaded_bytes, model=name)
         found.add("failed_loads_total", figures.loads.failed, model=name)
+        _routing(found, model)
     for model in snapshot.activity.models:
         if model.balancedness is not None:
             found.add("balancedness_mean_ratio", model.balancedness.mean, model=model.name)
             found.add("balancedness_worst_ratio", model.balancedness.worst, model=model.name)
+
+
+def _routing(found: Families, model: ModelStatus) -> None:
+    collapsed = sum(one.collapsed for one in model.routing)
+    found.add("collapsed_layers", collapsed, model=model.name)
+    for one in model.routing:
+        labels = {"model": model.name, "layer": one.layer}
+        found.add("routing_entropy_ratio", one.entropy, **labels)
+        found.add("routing_max_over_mean_ratio", one.max_over_mean, **labels)
+        found.add("dead_experts", one.dead_experts, **labels)
 
 
 def _experts(found: Families, snapshot: MetricsSnapshot) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from .report import Balancedness, ExpertId, HostState, PlacementNumber, Report
+from .report import (
+    Balancedness,
+    ExpertId,
+    HostState,
+    LayerRouting,
+    PlacementNumber,
+    Report,
+)
 
 
 class ModelActivity(Report):
@@ -14,6 +21,8 @@ class ModelActivity(Report):
     """Assignments a second of all its layers."""
     balancedness: Balancedness | None
     """How evenly they are spread; null without load."""
+    worst_routing: LayerRouting | None = None
+    """The layer whose gates spread its tokens least; null before there were enough."""
 
 
 class HostThroughput(Report):
@@ -65,7 +74,7 @@ class Activity(Report):
     unprotected_experts: int
     """Experts that the loss of one failure domain takes away."""
     warnings: list[str]
-    """What makes no progress, in words."""
+    """What makes no progress, and models whose routing has collapsed, in words."""
     error: str | None
     """The controller's last error, in words."""
     models: list[ModelActivity]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Self
 
@@ -70,6 +71,40 @@ class ExpertId(Report):
     def words(self) -> str:
         """The expert for people."""
         return f"expert {self.expert} of layer {self.layer} of {self.model}"
+
+
+class LayerRouting(Report):
+    """How the gates of a layer spread its tokens, in the last assignments that suffice to tell."""
+
+    layer: int
+    """The layer's number."""
+    experts: int
+    """Its experts."""
+    entropy: float
+    """Entropy of the experts' parts of the assignments, divided by the largest possible one: 1 is
+    even, 0 is a single expert."""
+    max_over_mean: float
+    """Assignments of the busiest expert, divided by their mean over all experts."""
+    dead_experts: int
+    """Experts without an assignment."""
+    busiest_expert: int
+    """The number of the busiest expert."""
+    collapsed: bool
+    """Whether nearly all tokens go to the same few experts, or more than half of them are dead."""
+
+    @property
+    def words(self) -> str:
+        """The routing for people."""
+        return (
+            f"layer {self.layer}: entropy {self.entropy:.2f}, max over mean "
+            f"{self.max_over_mean:.2f} (expert {self.busiest_expert}), {self.dead_experts} of "
+            f"{self.experts} experts dead"
+        )
+
+
+def worst_routing(layers: Collection[LayerRouting]) -> LayerRouting | None:
+    """Return the worst of some layers: collapsed ones first, then by entropy; None if none."""
+    return min(layers, key=lambda one: (not one.collapsed, one.entropy), default=None)
 
 
 class Balancedness(Report):

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pydantic import Field
 
 from .placing import ChangeReport
-from .report import Balancedness, ExpertId, HostState, OpenEnum, PlacementNumber, Report
+from .report import (
+    Balancedness,
+    ExpertId,
+    HostState,
+    LayerRouting,
+    OpenEnum,
+    PlacementNumber,
+    Report,
+)
 from .scaling import ScalingStatus
 
 
@@ -260,6 +268,8 @@ class ModelStatus(Report):
     """Of the updated ones, those whose weights only hosts have, because they were trained, or
     because the spec gives the model no `updates` folder: they are lost with their last host, and
     with the cluster."""
+    routing: list[LayerRouting] = Field(default_factory=list)
+    """How the gates of each layer spread its tokens; without layers that had too few."""
 
 
 class TrainingStatus(Report):
@@ -305,7 +315,7 @@ class ClusterStatus(Report):
     controller: ControllerStatus
     """The controller's loop."""
     warnings: list[str]
-    """What makes no progress, in words."""
+    """What makes no progress, and models whose routing has collapsed, in words."""
     balancing: BalancingStatus
     """The balancer."""
     scaling: ScalingStatus

@@ -428,6 +428,30 @@ _TRAINING: Sections = [
         ],
     ),
     (
+        "Routing",
+        [
+            _line(
+                "Entropy of the worst layers",
+                "percentunit",
+                f"bottomk(5, moesaic_routing_entropy_ratio{{{_M}}})",
+                "{{model}} {{layer}}",
+            ),
+            _line(
+                "Maximum over mean of the worst layers",
+                "short",
+                f"topk(5, moesaic_routing_max_over_mean_ratio{{{_M}}})",
+                "{{model}} {{layer}}",
+            ),
+            _line(
+                "Dead experts",
+                "short",
+                f"sum by (model) (moesaic_dead_experts{{{_M}}})",
+                "{{model}}",
+            ),
+            _line("Collapsed layers", "short", f"moesaic_collapsed_layers{{{_M}}}", "{{model}}"),
+        ],
+    ),
+    (
         "Hosts",
         [
             _lines(

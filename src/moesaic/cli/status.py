@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-from ..cluster.reports.report import HostState
+from ..cluster.reports.report import HostState, worst_routing
 from ..cluster.reports.status import (
     CardStatus,
     ClusterStatus,
@@ -185,6 +185,9 @@ def _print_models(cluster: ClusterStatus, engines: dict[str, EngineStatus]) -> N
             if model.volatile_experts:
                 words += f", of which only hosts have {model.volatile_experts}"
             out.print(words, markup=False)
+        routing = worst_routing(model.routing)
+        if routing is not None:
+            out.print(f"{model.name}: worst routing in {routing.words}", markup=False)
 
 
 def _print_training(run: TrainingStatus) -> None:

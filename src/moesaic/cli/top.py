@@ -93,7 +93,12 @@ def frame(name: str, seen: Activity) -> RenderableType:
     parts += [Text(warning, style="red") for warning in seen.warnings]
     if seen.error:
         parts.append(Text(f"controller: {seen.error}", style="red"))
-    parts += [Text(_balance(model)) for model in seen.models]
+    for model in seen.models:
+        parts.append(Text(_balance(model)))
+        routing = model.worst_routing
+        if routing is not None:
+            words = f"{model.name}: worst routing in {routing.words}"
+            parts.append(Text(words, style="red" if routing.collapsed else ""))
     return Group(*parts, _hosts(seen.hosts), *_experts(seen.hottest_experts))
 
 

@@ -14,7 +14,7 @@ from moesaic.cluster.metrics.families import exposition
 from moesaic.cluster.metrics.pool import pool_families
 from moesaic.cluster.metrics.snapshot import LoadCounts, MetricsSnapshot, ModelFigures, PathCounts
 from moesaic.cluster.reports.activity import Activity, HotExpert, ModelActivity
-from moesaic.cluster.reports.report import Balancedness, PlacementNumber
+from moesaic.cluster.reports.report import Balancedness, LayerRouting, PlacementNumber
 from moesaic.cluster.reports.scaling import HostGroupStatus
 from moesaic.cluster.reports.status import (
     HostStatus,
@@ -45,6 +45,18 @@ _MODEL = ModelStatus(
     missing_experts=1,
     updated_experts=2,
     volatile_experts=1,
+    routing=[
+        LayerRouting(
+            layer=layer,
+            experts=4,
+            entropy=entropy,
+            max_over_mean=2.0,
+            dead_experts=dead,
+            busiest_expert=1,
+            collapsed=dead > 0,
+        )
+        for layer, entropy, dead in ((0, 0.9, 0), (1, 0.5, 2))
+    ],
 )
 
 

@@ -14,7 +14,7 @@ from moesaic.cli import bench, operate, simulate, status, watch
 from moesaic.cli.terminal import number
 from moesaic.cluster.reports.activity import AssignmentRates, ExpertReport, ReplicaReport
 from moesaic.cluster.reports.placing import ChangePhase
-from moesaic.cluster.reports.report import Balancedness, HostState
+from moesaic.cluster.reports.report import Balancedness, HostState, LayerRouting
 from moesaic.cluster.reports.status import (
     CardStatus,
     MissingExpert,
@@ -69,6 +69,18 @@ MODEL = ModelStatus(
     experts=6144,
     asleep=True,
     missing_experts=12,
+    routing=[
+        LayerRouting(
+            layer=layer,
+            experts=128,
+            entropy=entropy,
+            max_over_mean=15.9,
+            dead_experts=117,
+            busiest_expert=127,
+            collapsed=collapsed,
+        )
+        for layer, entropy, collapsed in ((4, 0.2, False), (47, 0.4321, True), (9, 0.9, True))
+    ],
 )
 STATUS = StatusDocument(
     name="local",
@@ -192,6 +204,8 @@ FIGURES = SimpleNamespace(
                 "node 01234567: host-0, host-1 hold 1,024 MiB; 8,192 MiB of 16,384 MiB are free",
                 "card 5d1c0a9e0000: host-0, host-1 hold 1,024 MiB and take 2,048 MiB; 8,192",
                 "card 5d1c0a9e1000: host-0, host-1 hold 1,024 MiB and take 2,048 MiB of",
+                f"{LONG}: worst routing in layer 47: entropy 0.43",
+                "117 of 128 experts",
                 "run 3 (ann) trains m: version 12 after 11 steps, for 41 s; attempt 2 at",
                 "9 trained tensors have a single owner: if that host is lost, the run",
             ),

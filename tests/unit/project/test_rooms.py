@@ -38,7 +38,7 @@ cluster                             proto
 cluster/reports                     -
 cluster/tracing                     -
 cluster/service                     proto
-cluster/load                        cluster
+cluster/load                        cluster cluster/reports
 cluster/batching                    cluster
 cluster/host                        proto cluster cluster/reports
 cluster/routing                     cluster cluster/load

@@ -162,6 +162,25 @@ def test_there_are_as_many_series_as_before() -> None:
     assert {name for name, _ in after} == {name for name, _ in before}
 
 
+def test_routing_has_as_many_series_as_models_have_layers() -> None:
+    """Whatever gates do, and whatever layers routers tell of."""
+    pool = Pool()
+    pool.hear("r")
+    control, layers = pool.world.control, sorted(SHAPE.experts)
+    random = np.random.default_rng(0)
+    for n in range(200):
+        counts_E = random.integers(0, 100, EXPERTS) * random.integers(0, 2, EXPERTS)
+        told = [LayerKey("m", layer) for layer in layers]
+        told += [LayerKey("m", 100 + n), LayerKey(f"other-{n}", 0)]
+        report = LoadReport(router="r", placement_id=None, counts=dict.fromkeys(told, counts_E))
+        control.hear(report, pool.world.now)
+        pool.overview.top(1)
+    names = ("entropy_ratio", "max_over_mean_ratio")
+    wanted = {f"moesaic_routing_{name}" for name in names} | {"moesaic_dead_experts"}
+    found = [(name, dict(of)["layer"]) for name, of in pool.scrape() if name in wanted]
+    assert sorted(found) == sorted((name, str(layer)) for name in wanted for layer in layers)
+
+
 def test_a_host_that_left_has_no_series() -> None:
     pool = Pool()
     pool.hear("r")

@@ -22,7 +22,12 @@ from moesaic.cluster.reports.activity import (
     HotExpert,
     ModelActivity,
 )
-from moesaic.cluster.reports.report import Balancedness, HostState, PlacementNumber
+from moesaic.cluster.reports.report import (
+    Balancedness,
+    HostState,
+    LayerRouting,
+    PlacementNumber,
+)
 
 KEY = LayerKey("m", 0)
 
@@ -53,6 +58,7 @@ def vitals(**given: object) -> Vitals:
         ({"tick_age_s": 6.0}, "the controller has not run for 6 s"),
         ({"planning_s": 31.0}, "the planner has been running for 31 s"),
         ({"plan_failures": 2}, "the planner has failed 2 times in a row"),
+        ({"collapses": ("the routing of m has collapsed",)}, "the routing of m has collapsed"),
         (
             {"moves_pending": 3, "move_age_s": 40.0},
             "3 planned replicas are missing, and none has arrived",
@@ -149,6 +155,52 @@ def test_balancedness_is_that_of_the_load_under_the_published_shares() -> None:
     assert (seen.balancedness_mean, seen.balancedness_worst) == (0.5, 0.5)
     assert world.watchdog.balancedness == {"m": Balancedness(mean=0.5, worst=0.5)}
     assert world.watchdog.overall_balancedness == Balancedness(mean=0.5, worst=0.5)
+
+
+def reports_until_collapse(world: World, counts: list[int]) -> int:
+    """Let a router report the same again and again; return when a warning says so."""
+    for reports in range(1, 100):
+        report = LoadReport(router="r", placement_id=None, counts={KEY: np.array(counts)})
+        world.control.hear(report, world.now)
+        if any("the routing of m has collapsed" in text for text in world.vitals().warnings()):
+            return reports
+    raise AssertionError("it was not told")
+
+
+def test_a_collapse_is_told_at_once_of_a_model_that_is_trained_and_later_of_others() -> None:
+    world = World()
+    one_expert = [80, 0, 0, 0]  # 20 for each expert
+    assert reports_until_collapse(world, one_expert) == 30
+    (collapsed,) = world.watchdog.routing.layers("m")
+    assert (collapsed.dead_experts, collapsed.max_over_mean) == (3, 4.0)
+
+    world = World()
+    placed = {KEY: LayerPlacement(((Replica("a", 1.0),),) * 4)}
+    world.control.training.begin("m", placed, who="me", unix_s=0.0, now=world.now)
+    assert reports_until_collapse(world, one_expert) == 3
+
+    world = World()
+    world.control.training.begin("m", placed, who="me", unix_s=0.0, now=world.now)
+    # Many steps in one report.
+    assert reports_until_collapse(world, [800, 0, 0, 0]) == 1
+
+
+def test_what_routers_reported_is_judged_once() -> None:
+    world = World()
+    report = LoadReport(router="r", placement_id=None, counts={KEY: np.array([80, 0, 0, 0])})
+    world.control.hear(report, world.now)
+    for _ in range(100):
+        assert world.vitals().collapses == ()
+    (routing,) = world.watchdog.routing.layers("m")
+    assert not routing.collapsed
+
+
+def test_a_model_that_has_left_has_no_routing() -> None:
+    world = World()
+    assert reports_until_collapse(world, [8000, 0, 0, 0]) == 1
+    world.control.loads.forget("m")
+    assert world.vitals().warnings() == []
+    assert world.watchdog.routing.layers("m") == []
 
 
 def test_a_planner_that_hangs_or_fails_is_seen() -> None:
@@ -254,6 +306,22 @@ def test_a_frame_shows_hosts_experts_and_balance() -> None:
     assert "assignments/s" in text
     assert "not answering" in text
     assert "missing" not in text
+
+
+def test_a_frame_shows_the_layer_with_the_worst_routing() -> None:
+    routing = LayerRouting(
+        layer=3,
+        experts=8,
+        entropy=0.3312,
+        max_over_mean=3.96,
+        dead_experts=5,
+        busiest_expert=2,
+        collapsed=True,
+    )
+    text = shown(models=[SEEN.models[0].model_copy(update={"worst_routing": routing})])
+    words = "layer 3: entropy 0.33, max over mean 3.96 (expert 2), 5 of 8 experts dead"
+    assert f"m: worst routing in {words}" in text
+    assert "worst routing" not in shown()
 
 
 def test_a_frame_of_a_pool_in_trouble_or_at_rest() -> None:

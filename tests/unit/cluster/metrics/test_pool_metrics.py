@@ -31,6 +31,10 @@ def test_values_are_those_of_the_snapshot() -> None:
     assert value(found, "moesaic_planning_seconds_total") == 0.5
     assert value(found, "moesaic_loaded_bytes_total", model="m") == 800
     assert value(found, "moesaic_balancedness_worst_ratio", model="m") == 0.5
+    assert value(found, "moesaic_routing_entropy_ratio", model="m", layer="0") == 0.9
+    assert value(found, "moesaic_routing_max_over_mean_ratio", model="m", layer="1") == 2
+    assert value(found, "moesaic_dead_experts", model="m", layer="1") == 2
+    assert value(found, "moesaic_collapsed_layers", model="m") == 1
     assert value(found, "moesaic_host_slots", host="a") == 8
     assert ("moesaic_host_slots", frozenset({("cluster", "c"), ("host", "b")})) not in found
     assert value(found, "moesaic_host_memory_limit_bytes", host="b") == 2**30
