@@ -62,8 +62,9 @@ def record_of(line: str) -> Record:
     """Return what a line says. Raises CheckpointError."""
     try:
         values = json.loads(line)
-        kind = HeldOutRecord if "held_out_loss" in values else StepRecord
-        return _made(kind, values)
+        if "held_out_loss" in values:
+            return _made(HeldOutRecord, values)
+        return _made(StepRecord, values)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{line[:80]!r}: no record of a step: {error}") from error
 
@@ -86,4 +87,3 @@ def history(records: Iterable[Record]) -> tuple[list[StepRecord], list[HeldOutRe
         else:
             held_out[one.step] = one
     return list(steps.values()), list(held_out.values())
-

@@ -7,7 +7,6 @@ what comes next. Whatever is lost, the loop asks the run where it stands, and go
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError

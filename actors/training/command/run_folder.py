@@ -1,4 +1,4 @@
-"""The folder of a run of `moesaic train`: tokens, records, checkpoints, and what it was begun with."""
+"""The folder of a run of `moesaic train`: its tokens, records, checkpoints, and spec."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ....cluster.train_command.records import Record, line_of, record_of
 from ....cluster.train_command.train_spec import TrainSpec, differences
@@ -120,5 +119,3 @@ class RunFolder:
             except CheckpointError as error:
                 log.warning("%s: a line is left out: %s", self._records, error)
         return records, since + len(whole)
-
-

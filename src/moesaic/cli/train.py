@@ -61,9 +61,7 @@ def train(
         said=_say, packed=_packed, recorded=shown.record, balancedness=shown.balancedness
     )
     with _stopping() as stop:
-        report = run(
-            given, resume=resume, only_check=check, stop=stop, watcher=watcher
-        )
+        report = run(given, resume=resume, only_check=check, stop=stop, watcher=watcher)
     shown.end()
     if as_json:
         print_report(report)
@@ -110,7 +108,7 @@ class _Lines:
         if self._asked_at is None or now - self._asked_at >= _ASK_S:
             self._asked_at = now
             try:
-                models = self._cluster.status().models
+                models = self._cluster.top(0).models
             except ClusterError:
                 return self._progress.balancedness  # it is as it was, until the controller is back
             mine = [one for one in models if self._model in (None, one.name)]

@@ -74,6 +74,10 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     actors/runtime actors/store actors/transport
                                     actors/transport/grpc actors/engine
                                     cluster/tracing actors/tracing
+actors/training/command             proto kernels/training cluster cluster/load cluster/reports
+                                    cluster/train_command models/data models/export models/folder
+                                    models/training models/trunk actors/runtime actors/store
+                                    actors/training actors/trunk
 actors/training/lead                proto cluster cluster/training actors/runtime actors/store
 actors/training                     proto kernels kernels/backward kernels/slabs
                                     kernels/training models/export models/trunk models/training

@@ -36,15 +36,6 @@ def test_any_step_is_the_same_as_in_a_walk(sequences: int, per_step: int, steps:
         assert len(order._permutations) <= 2
 
 
-@given(SIZES, SIZES, SIZES)
-def test_microbatches_are_the_step_in_parts(sequences: int, per_step: int, size: int) -> None:
-    order = Order(sequences, per_step, 3)
-    parts = order.microbatches(5, size)
-    assert [number for part in parts for number in part] == order.numbers(5)
-    assert [len(part) for part in parts[:-1]] == [size] * (len(parts) - 1)
-    assert 1 <= len(parts[-1]) <= size
-
-
 # Two epochs of five sequences, and a part of the third.
 PINNED = [[3, 0, 4, 2], [1, 4, 3, 0], [1, 2, 2, 1]]
 
@@ -92,5 +83,3 @@ def test_what_makes_no_order_is_refused() -> None:
         Order(1, -1, 0)
     with pytest.raises(BadInput, match=r"^step: has to be at least 0, not -1"):
         Order(1, 1, 0).numbers(-1)
-    with pytest.raises(BadInput, match=r"^size of a microbatch: has to be at least 1, not 0"):
-        Order(1, 1, 0).microbatches(0, 0)
