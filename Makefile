@@ -109,8 +109,9 @@ docs: $(READY)  ## pages of docs/ and of the docstrings, in build/docs; nothing 
 	@$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
-spec: $(READY)  ## regenerate docs/spec.md, and the spec's part of the chart's schema
+spec: $(READY)  ## regenerate docs/spec.md, docs/train-spec.md, and the spec's part of the chart's schema
 	@$(BIN)/moesaic spec docs > docs/spec.md
+	@$(BIN)/python -m moesaic.cluster.train_command.page > docs/train-spec.md
 	@$(BIN)/python deploy/values_schema.py
 
 reports: $(READY)  ## regenerate docs/reports.md

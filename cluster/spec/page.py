@@ -43,13 +43,17 @@ _BOUNDS = {
 
 def spec_page() -> str:
     """Return the whole page."""
-    schema = Spec.model_json_schema()
-    parts = [_part(Spec, "", schema, schema["$defs"])]
-    parts += [
+    return "\n".join([_HEAD, *key_tables(Spec), _TAIL])
+
+
+def key_tables(spec: type[BaseModel]) -> list[str]:
+    """Return a section with a table for each part of a spec, the whole first."""
+    schema = spec.model_json_schema()
+    parts = [_part(spec, "", schema, schema["$defs"])]
+    return parts + [
         _part(model, path, schema["$defs"][model.__name__], schema["$defs"])
-        for path, model in _below(Spec, "")
+        for path, model in _below(spec, "")
     ]
-    return "\n".join([_HEAD, *parts, _TAIL])
 
 
 def _below(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseModel]]]:
@@ -107,7 +111,7 @@ def _type(said: dict[str, Any], parts: dict[str, Any]) -> str:
             return f"list of {_type(said['items'], parts)}s"
         case "object":
             values = said.get("additionalProperties")
-            return "mapping" + (f" to {_type(values, parts)}s" if values else "")
+            return "mapping" + (f" to {_type(values, parts)}s" if isinstance(values, dict) else "")
         case kind:
             return str(kind)
 

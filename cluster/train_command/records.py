@@ -62,6 +62,8 @@ def record_of(line: str) -> Record:
     """Return what a line says. Raises CheckpointError."""
     try:
         values = json.loads(line)
+        if not isinstance(values, dict):
+            raise ValueError("it is no object")
         if "held_out_loss" in values:
             return _made(HeldOutRecord, values)
         return _made(StepRecord, values)

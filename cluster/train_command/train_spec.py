@@ -20,22 +20,25 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class DataSpec(Part):
-    """What is learned from. It is packed once into a file of tokens, beside the checkpoints."""
+    """What is learned from. It is packed once into a file of tokens, in the folder of the run."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A text file, a JSONL file, a folder of either, or a folder of `datasets`."""
+    """A text file, a JSONL file, a folder of either, or a folder that `datasets` saved. A line of
+    JSONL has a `text`, or the `messages` of a conversation."""
     format: Literal["auto", "text", "jsonl", "dataset"] = "auto"
-    """How it is read; `auto` looks at it."""
+    """How it is read. `auto`: as it looks."""
     pattern: str | None = None
-    """Which files of a folder, such as `**/*.md`; the default is all that fit the format."""
+    """Which files of a folder are read, such as `**/*.md`. Default `null`: all that fit the
+    format."""
     learn: Literal["answers", "all"] = "answers"
-    """Of conversations: the assistant's answers, or all of them. Of texts always all."""
+    """What of conversations is learned: the assistant's `answers`, or `all`. Of texts it is always
+    all."""
     sequence_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens of a sequence; documents are packed one after the other."""
+    """Number of tokens of a sequence. Documents are packed one after the other."""
     held_out: Fraction = 0.05
-    """The part of the sequences that is kept for evaluation; 0: none."""
+    """Part of the sequences that is held out for evaluation, chosen at random. 0: none."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """What the order of the sequences, and the choice of those held out, depend on."""
+    """Seed of the order of the sequences, and of the choice of those held out."""
 
 
 class BatchSpec(Part):
@@ -117,24 +120,34 @@ class CheckpointsSpec(Part):
 
 
 class TrainSpec(Part):
-    """A training run over a cluster."""
+    """A training run over a cluster that runs already."""
 
     cluster: str = "local"
-    """The name of the cluster, which runs already."""
+    """The cluster's name."""
     model: str | None = None
-    """The model; null: the only one that the cluster has."""
+    """The name of one of its models, with `train: true` in the cluster's spec. Default `null`: its
+    only one."""
     steps: Count = 200
-    """How many steps the run has."""
+    """Number of steps of the run."""
     data: DataSpec
+    """What is learned from."""
     batch: BatchSpec = BatchSpec()
+    """The sequences of a step."""
     workers: WorkersSpec = WorkersSpec()
+    """How many processes compute the steps, and what each of them takes."""
     optimizer: OptimizerSpec = OptimizerSpec()
+    """What applies the gradients, and how."""
     schedule: ScheduleSpec = ScheduleSpec()
+    """How the learning rate changes from step to step."""
     evaluation: EvaluationSpec | None = EvaluationSpec()
-    """null: there is none."""
+    """How the run looks at sequences that it does not learn from. `null`: it does not."""
     checkpoints: CheckpointsSpec = CheckpointsSpec()
+    """Where and when the run is saved."""
     balance_loss: Positive | None = None
-    """The coefficient of the auxiliary loss of the whole step; null: there is none."""
+    """Coefficient of the auxiliary loss of the model's gates over the whole step: transformers'
+    `router_aux_loss_coef`. It keeps gates from choosing the same few experts; 0.01 is usual. A
+    worker then keeps the activations of all its microbatches of a step. Default `null`: there is no
+    such loss."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainSpec:
@@ -196,17 +209,33 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, object]:
 
 
 def load_train_spec(
-    path: Path,
+    path: Path | None = None,
     *,
     data: str | None = None,
     steps: int | None = None,
     folder: str | None = None,
 ) -> TrainSpec:
-    """Read a spec of `moesaic train`. Raises SpecError that names the path of each wrong key.
+    """Read a spec of `moesaic train`; None: all keys have their defaults.
 
     ``data``, ``steps`` and ``folder`` stand in the places of the keys data.path, steps and
-    checkpoints.folder, if they are given.
+    checkpoints.folder, if they are given. Raises SpecError that names the path of each wrong key.
     """
+    values = {} if path is None else _read(path)
+    where = "" if path is None else f"{path}: "
+    if steps is not None:
+        values["steps"] = steps
+    for part, key, value in (("data", "path", data), ("checkpoints", "folder", folder)):
+        if value is not None and isinstance(values.setdefault(part, {}), dict):
+            values[part][key] = value
+    if "data" not in values:
+        raise SpecError(f"{where}data.path: name what to learn from, in a spec or with --data")
+    try:
+        return TrainSpec.model_validate(values)
+    except ValidationError as error:
+        raise SpecError(f"{where}{problems(error, values)}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -215,12 +244,4 @@ def load_train_spec(
         raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise SpecError(f"{path}: a mapping is expected, not {type(values).__name__}")
-    if steps is not None:
-        values["steps"] = steps
-    for part, key, value in (("data", "path", data), ("checkpoints", "folder", folder)):
-        if value is not None and isinstance(values.setdefault(part, {}), dict):
-            values[part][key] = value
-    try:
-        return TrainSpec.model_validate(values)
-    except ValidationError as error:
-        raise SpecError(f"{path}: {problems(error, values)}") from error
+    return values

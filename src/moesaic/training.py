@@ -78,7 +78,7 @@ def train(
     spec: TrainSpec | str | Path,
     *,
     resume: bool = False,
-    only_check: bool = False,
+    check: bool = False,
     stop: Event | None = None,
     watcher: Watcher | None = None,
 ) -> TrainReport:
@@ -86,7 +86,7 @@ def train(
 
     ``spec`` is one, or the path of its file; `moesaic train` does the same. Workers are started on
     the cluster's Ray, and others in their places if they die. ``resume`` goes on with the run in
-    `checkpoints.folder`. With ``only_check`` all is checked and packed, and nothing is started.
+    `checkpoints.folder`. With ``check`` all is checked and packed, and nothing is started.
     ``stop`` ends the run after the step under way, with a checkpoint. ``watcher`` is told how it
     goes. Raises SpecError and BadInput before anything starts, ClusterError, BadExpert for
     gradients that are not finite, and StateLost if state is lost before the first checkpoint.
@@ -102,7 +102,7 @@ def train(
         cluster._model(given.model),
         given,
         resume=resume,
-        only_check=only_check,
+        only_check=check,
         stop=stop or Event(),
         watcher=watcher or Quiet(),
     )

@@ -30,12 +30,20 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    spec: Annotated[Path, typer.Argument(help="A spec of a training run (docs/train-spec.md).")],
+    spec: Annotated[
+        Path | None,
+        typer.Argument(help="A spec of a training run (a YAML file). Default: needs --data alone."),
+    ] = None,
     data: Annotated[
-        str | None, typer.Option(help="What to learn from, in the place of the spec's data.path.")
+        str | None,
+        typer.Option(
+            help="What to learn from: a file or folder of texts, JSONL, or a saved dataset. It "
+            "stands in the place of the spec's data.path."
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps, in the place of the spec's.")
+        int | None,
+        typer.Option(min=1, help="Number of steps, in the place of the spec's steps."),
     ] = None,
     folder: Annotated[
         str | None,
@@ -45,7 +53,7 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run in the folder.")
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Check everything and pack the data; start nothing.")
+        bool, typer.Option("--check", help="Check all of it and pack the data; start nothing.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,7 +69,7 @@ def train(
         said=_say, packed=_packed, recorded=shown.record, balancedness=shown.balancedness
     )
     with _stopping() as stop:
-        report = run(given, resume=resume, only_check=check, stop=stop, watcher=watcher)
+        report = run(given, resume=resume, check=check, stop=stop, watcher=watcher)
     shown.end()
     if as_json:
         print_report(report)

@@ -57,6 +57,10 @@ GONE = "no cluster 'local' of this user is running on this machine"
 
 WRONG = [
     (["apply", "none.yaml"], 1, "none.yaml: cannot be read"),
+    (["train", "none.yaml"], 1, "none.yaml: cannot be read"),
+    (["train", "list.yaml"], 1, "a mapping is expected"),
+    (["train"], 1, "data.path: name what to learn from"),
+    (["train", "--data", "x"], 1, GONE),
     # of up, spec check
     (["up", "none.yaml"], 1, "none.yaml: cannot be read"),
     (["up", "-d", "none.yaml"], 1, "none.yaml: cannot be read"),

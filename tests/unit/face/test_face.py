@@ -40,6 +40,7 @@ IN_PYTHON = {
     "spec schema": "moesaic:Spec.model_json_schema",
     "status": "moesaic:Cluster.status",
     "top": "moesaic:Cluster.top",
+    "train": "moesaic:train",
     "undrain": "moesaic:Cluster.undrain",
     "unpin": "moesaic:Cluster.unpin",
     "up": "moesaic:up",
@@ -53,6 +54,7 @@ OF_A_TERMINAL = {
 }  # fmt: skip
 # Options by another name: Client's are those of `openai_wire.Options`.
 SAID_OTHERWISE = {
+    "train": {"data": "spec", "steps": "spec", "folder": "spec"},
     "drain": {"timeout": "timeout_s"},
     "down": {"drain": "drain_s"},
     "record": {"window": "window_s"},

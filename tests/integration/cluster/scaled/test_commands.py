@@ -57,6 +57,7 @@ SHOWN = [
 # What needs no cluster, or has one of its own; `up` and `down` are not run here.
 ELSEWHERE = {"up", "down", "inspect", "upcycle", "simulate", "spec check", "version"}
 ELSEWHERE |= {"apply"}  # test_applying.py
+ELSEWHERE |= {"train"}  # test_train_on_ray.py
 ELSEWHERE |= {"expert put", "expert revert"}  # test_kept_updates.py
 
 

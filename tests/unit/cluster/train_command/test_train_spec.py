@@ -31,7 +31,7 @@ def test_the_data_alone_has_to_be_said(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "a mapping is expected, not NoneType"),
-        ("steps: 3", "data: Field required"),
+        ("steps: 3", "data.path: name what to learn from"),
         ("data: {path: x, held_out: 1}", "data.held_out: .* less than 1"),
         ("data: {path: x}\nlr: 3", "lr: unknown key"),
         ("data: {path: x}\nbatch: {sequences: 3}", "batch: sequences: 3: it must be a multiple of"),
