@@ -135,10 +135,11 @@ def experts_of(found: Samples) -> set[str]:
 
 def test_there_are_as_many_series_as_before() -> None:
     pool = Pool()
-    for _ in range(2):
+    for _ in range(2):  # samples of the routing
         pool.hear("r")
         pool.world.tick(seconds=2.0)
-        before = pool.scrape()
+        pool.scrape()
+    before = pool.scrape()
     assert experts_of(before) == {"0", "1", "2"}
     assert value(before, "moesaic_routers") == 1
 
