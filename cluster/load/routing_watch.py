@@ -186,7 +186,10 @@ class RoutingWatch:
         return worst_routing(self.layers(model))
 
     def warning(self, model: str, *, trained: bool = True) -> str | None:
-        """Return a text if layers of a model have collapsed: which, how far, and what helps."""
+        """Return a text if layers of a model have collapsed: which, how far, and what helps.
+
+        A loop that trains one model may use "" for its name.
+        """
         layers = self.layers(model)
         collapsed = [one for one in layers if one.collapsed]
         worst = worst_routing(collapsed)
@@ -198,7 +201,8 @@ class RoutingWatch:
             if trained
             else "the gates of its checkpoint are so, or all requests are alike"
         )
+        routing = f"the routing of {model}" if model else "the routing"
         return (
-            f"the routing of {model} has collapsed in {len(collapsed)} of {len(layers)} layers, "
-            f"the worst is {worst.words}; {advice}"
+            f"{routing} has collapsed in {len(collapsed)} of {len(layers)} layers, the worst is "
+            f"{worst.words}; {advice}"
         )

@@ -268,3 +268,12 @@ def test_a_layer_with_another_number_of_experts_starts_anew() -> None:
     for _ in range(2):
         watch.add(KEY, np.full(4, 100))
     assert [(one.experts, one.collapsed) for one in watch.layers("m")] == [(4, False)]
+
+
+def test_a_loop_need_not_name_its_model() -> None:
+    watch = RoutingWatch()
+    for _ in range(2):
+        watch.add(LayerKey("", 5), [800, *[0] * 7])
+    text = watch.warning("")
+    assert text is not None
+    assert text.startswith("the routing has collapsed in 1 of 1 layers, the worst is layer 5: ")
