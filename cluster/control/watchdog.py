@@ -7,7 +7,7 @@ or a model whose routing has collapsed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,9 +136,7 @@ class Watchdog:
             epoch=control.placement_id.epoch,
             failing=self._failing or self._plan_failures > 0,
             hosts=dict(sorted(Counter(states).items())),
-            collapses=tuple(
-                text for model in control.models if (text := self.routing.warning(model))
-            ),
+            collapses=tuple(self._collapses()),
         )
 
     def _look(self, now: float) -> None:
@@ -161,21 +159,32 @@ class Watchdog:
 
     def _watch_routing(self) -> None:
         """Judge the routing by what routers have reported since the last time."""
-        control, run = self._control, self._control.training.alive
+        control, trained = self._control, self._trained()
         for key, totals_E in control.loads.totals.items():
             before_E = self._seen_totals.get(key)
             shape = control.models.get(key.model)
             if totals_E is before_E or shape is None:
                 continue
-            trained = run is not None and run.model == key.model
             self.routing.add(
                 key,
                 grown(before_E, totals_E),
                 experts_per_token=shape.experts_per_token,
-                agreeing=AGREEING if trained else AGREEING_SERVED,
+                agreeing=AGREEING if key.model == trained else AGREEING_SERVED,
             )
         self._seen_totals = dict(control.loads.totals)
         self.routing.keep(self._seen_totals.keys())
+
+    def _collapses(self) -> Iterator[str]:
+        trained = self._trained()
+        for model in self._control.models:
+            text = self.routing.warning(model, trained=model == trained)
+            if text is not None:
+                yield text
+
+    def _trained(self) -> str | None:
+        """Return the model that is trained now, if one is."""
+        run = self._control.training.alive
+        return None if run is None else run.model
 
     def _balance(self, now: float) -> None:
         placement, loads = self._control.placement, self._control.loads

@@ -19,11 +19,13 @@ from numpy.typing import ArrayLike
 from ..expert_keys import LayerKey
 from ..reports.report import LayerRouting, worst_routing
 
-# A layer is judged when so many assignments for each of its experts have come. An expert with half
-# of an even share then has no token with a chance of e^-10.
+# A sample has so many assignments for each expert of a layer, or more. An expert with half of an
+# even share then has no token with a chance of e^-10. A layer is judged by its last two samples
+# together: a router may report the two parts of a call, lent and sent, one after the other, and
+# each part has some experts only.
 LEAST_PER_EXPERT = 20
-# A layer collapses, or recovers, when so many times these assignments say so without a break. With
-# fewer than 4 assignments for each expert in a step, that takes more than 20 steps.
+# A layer collapses, or recovers, when so many samples say so without a break; larger ones count as
+# several. With fewer than 4 assignments for each expert in a step, that takes more than 20 steps.
 AGREEING = 3
 # The same for a model that is served and not trained: its gates stay as they are, so there is no
 # hurry, and one conversation about one thing uses few experts for a while.
@@ -107,8 +109,9 @@ _STAYS = _Bounds(peak=0.85, spread=0.35, dead=0.4)
 
 @dataclass(slots=True)
 class _Layer:
-    counts_E: np.ndarray  # float64, since it was last judged
-    agreeing: int = 0
+    counts_E: np.ndarray  # float64, of the sample that grows
+    last_E: np.ndarray | None = None  # of the one before it
+    agreeing: int = 0  # samples that say that `collapsed` should change
     collapsed: bool = False
     figures: RoutingFigures | None = None  # those it was last judged by
 
@@ -140,15 +143,21 @@ class RoutingWatch:
         if layer is None or layer.counts_E.size != added.experts:
             layer = self._layers[key] = _Layer(np.zeros(added.experts))
         layer.counts_E = layer.counts_E + np.asarray(counts_E, dtype=np.float64)
-        samples = int(layer.counts_E.sum()) // (LEAST_PER_EXPERT * added.experts)
-        if not samples:
+        sample_E, least = layer.counts_E, LEAST_PER_EXPERT * added.experts
+        if sample_E.sum() < least:
             return
-        found = layer.figures = routing_figures(layer.counts_E)
-        assert found is not None
+        before_E, layer.last_E = layer.last_E, sample_E
         layer.counts_E = np.zeros(added.experts)
+        if before_E is None:
+            return
+        found = layer.figures = routing_figures(before_E + sample_E)
+        assert found is not None
         bounds = _STAYS if layer.collapsed else _COLLAPSES
-        changes = bounds.hold(found, experts_per_token or 1) != layer.collapsed
-        layer.agreeing = layer.agreeing + samples if changes else 0
+        if bounds.hold(found, experts_per_token or 1) == layer.collapsed:
+            layer.agreeing = 0
+            return
+        newly_E = sample_E if layer.agreeing else before_E + sample_E
+        layer.agreeing += int(newly_E.sum()) // least
         if layer.agreeing >= agreeing:
             layer.collapsed, layer.agreeing = not layer.collapsed, 0
 
@@ -176,15 +185,24 @@ class RoutingWatch:
         """Return the routing of the model's worst layer; None before there is any."""
         return worst_routing(self.layers(model))
 
-    def warning(self, model: str) -> str | None:
-        """Return a text if layers of a model have collapsed: which, how far, and what helps."""
+    def warning(self, model: str, *, trained: bool = True) -> str | None:
+        """Return a text if layers of a model have collapsed: which, how far, and what helps.
+
+        A loop that trains one model may use "" for its name.
+        """
         layers = self.layers(model)
         collapsed = [one for one in layers if one.collapsed]
         worst = worst_routing(collapsed)
         if worst is None:
             return None
+        advice = (
+            "raise the balance loss (`balance_loss`), lower the learning rate, or go back to a "
+            "checkpoint from before"
+            if trained
+            else "the gates of its checkpoint are so, or all requests are alike"
+        )
+        routing = f"the routing of {model}" if model else "the routing"
         return (
-            f"the routing of {model} has collapsed in {len(collapsed)} of {len(layers)} layers, "
-            f"the worst is {worst.words}; raise the balance loss (`balance_loss`), lower the "
-            "learning rate, or go back to a checkpoint from before"
+            f"{routing} has collapsed in {len(collapsed)} of {len(layers)} layers, the worst is "
+            f"{worst.words}; {advice}"
         )

@@ -96,16 +96,16 @@ moesaic_volatile_experts | model | experts
     updated experts whose weights no file has: they are lost with their last host
 moesaic_routing_entropy_ratio | model layer | 0 to 1
     entropy of the experts' parts of the layer's assignments, divided by the largest possible
-    one: 1 is even, 0 is a single expert. Of the last assignments that suffice to tell, 20 for
-    each expert; absent before there were so many. Layers are those that a served model has
+    one: 1 is even, 0 is a single expert. Of the last two samples of assignments, each with 20
+    for each expert or more; absent before there were so many. Layers are those that a served
+    model has
 moesaic_routing_max_over_mean_ratio | model layer | ratio
     assignments of the layer's busiest expert, divided by their mean over all its experts
 moesaic_dead_experts | model layer | experts
     experts of the layer without an assignment among these
 moesaic_collapsed_layers | model | layers
     layers whose gates send nearly all tokens to the same few experts, or leave more than half
-    of them dead, since three times that many assignments; 30 times where no run trains the
-    model
+    of them dead, in three samples without a break; in 30 where no run trains the model
 moesaic_expert_assignments_per_second | model layer expert | assignments per second
     load of one of the hottest experts, as a mean over about 10 s; `monitoring.hot_experts`
     says how many have a series

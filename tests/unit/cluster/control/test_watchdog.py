@@ -173,31 +173,35 @@ def test_a_collapse_is_told_at_once_of_a_model_that_is_trained_and_later_of_othe
     assert reports_until_collapse(world, one_expert) == 30
     (collapsed,) = world.watchdog.routing.layers("m")
     assert (collapsed.dead_experts, collapsed.max_over_mean) == (3, 4.0)
+    assert "all requests are alike" in world.vitals().warnings()[0]
 
     world = World()
     placed = {KEY: LayerPlacement(((Replica("a", 1.0),),) * 4)}
     world.control.training.begin("m", placed, who="me", unix_s=0.0, now=world.now)
     assert reports_until_collapse(world, one_expert) == 3
+    assert "lower the learning rate" in world.vitals().warnings()[0]
 
     world = World()
     world.control.training.begin("m", placed, who="me", unix_s=0.0, now=world.now)
     # Many steps in one report.
-    assert reports_until_collapse(world, [800, 0, 0, 0]) == 1
+    assert reports_until_collapse(world, [800, 0, 0, 0]) == 2
 
 
 def test_what_routers_reported_is_judged_once() -> None:
     world = World()
     report = LoadReport(router="r", placement_id=None, counts={KEY: np.array([80, 0, 0, 0])})
-    world.control.hear(report, world.now)
+    for _ in range(2):
+        world.control.hear(report, world.now)
+        world.vitals()
     for _ in range(100):
         assert world.vitals().collapses == ()
     (routing,) = world.watchdog.routing.layers("m")
-    assert not routing.collapsed
+    assert (routing.dead_experts, routing.collapsed) == (3, False)
 
 
 def test_a_model_that_has_left_has_no_routing() -> None:
     world = World()
-    assert reports_until_collapse(world, [8000, 0, 0, 0]) == 1
+    assert reports_until_collapse(world, [8000, 0, 0, 0]) == 2
     world.control.loads.forget("m")
     assert world.vitals().warnings() == []
     assert world.watchdog.routing.layers("m") == []

@@ -178,11 +178,13 @@ def test_a_layer_at_the_edge_does_not_come_and_go() -> None:
     watch = RoutingWatch()
     seen = []
     for step in range(100):
-        busiest = 96 if step % 2 else 94  # of 100 assignments; gates choose one expert of 50
+        # Of 100 assignments; gates choose one expert of 50.
+        busiest = 96 if step % 10 >= 5 else 94
         rest = np.full(49, (100 - busiest) / 49)
         watch.add(KEY, np.array([busiest, *rest]) * 20, experts_per_token=1)
         seen.append(collapsed(watch))
     assert seen == sorted(seen), "it never recovers"
+    assert seen[-1]
 
 
 def test_a_collapse_of_few_samples_is_not_told() -> None:
@@ -197,8 +199,9 @@ def test_a_served_model_takes_longer() -> None:
     watch, gate = RoutingWatch(), Gate(8, 2)
     gate.logits_E[0] += 20.0
     tokens = LEAST_PER_EXPERT * 8 // 2
-    for step in range(1, AGREEING_SERVED + 1):
-        assert gate.step(watch, tokens, agreeing=AGREEING_SERVED) == (step == AGREEING_SERVED)
+    for sample in range(1, AGREEING_SERVED + 1):
+        seen = gate.step(watch, tokens, agreeing=AGREEING_SERVED)
+        assert seen == (sample == AGREEING_SERVED)
 
 
 def test_too_few_assignments_say_nothing() -> None:
@@ -208,7 +211,22 @@ def test_too_few_assignments_say_nothing() -> None:
     assert watch.layers("m") == []
     assert watch.worst("m") is None
     watch.add(KEY, [1, *[0] * 7], experts_per_token=1)
-    assert [one.dead_experts for one in watch.layers("m")] == [7]
+    assert watch.layers("m") == [], "one sample"
+    watch.add(KEY, [0, LEAST_PER_EXPERT * 8, *[0] * 6], experts_per_token=1)
+    assert [one.dead_experts for one in watch.layers("m")] == [6]
+
+
+@pytest.mark.parametrize("assignments", [200, 100_000])
+def test_parts_of_a_call_that_are_reported_one_after_the_other_are_no_collapse(
+    assignments: int,
+) -> None:
+    """Those of lent experts are reported when they are computed."""
+    watch = RoutingWatch()
+    for _ in range(50):
+        watch.add(KEY, [assignments, *[0] * 7], experts_per_token=2)
+        watch.add(KEY, [0, *[assignments] * 7], experts_per_token=2)
+        assert not collapsed(watch)
+        assert watch.layers("m")[0].dead_experts == 0
 
 
 def test_gates_without_a_choice_do_not_collapse() -> None:
@@ -231,7 +249,8 @@ def test_layers_are_of_models_and_can_be_forgotten() -> None:
     watch = RoutingWatch()
     for layer, model in ((2, "m"), (1, "m"), (1, "n")):
         watch.add(LayerKey(model, layer), np.full(4, 100 + layer))
-    watch.add(LayerKey("m", 1), [400, 0, 0, 0])
+        watch.add(LayerKey(model, layer), np.full(4, 100 + layer))
+    watch.add(LayerKey("m", 1), [40_000, 0, 0, 0])
     assert [one.layer for one in watch.layers("m")] == [1, 2]
     worst = watch.worst("m")
     assert worst is not None
@@ -243,7 +262,18 @@ def test_layers_are_of_models_and_can_be_forgotten() -> None:
 
 def test_a_layer_with_another_number_of_experts_starts_anew() -> None:
     watch = RoutingWatch()
-    watch.add(KEY, [8000, *[0] * 7])
+    for _ in range(2):
+        watch.add(KEY, [8000, *[0] * 7])
     assert collapsed(watch)
-    watch.add(KEY, np.full(4, 100))
+    for _ in range(2):
+        watch.add(KEY, np.full(4, 100))
     assert [(one.experts, one.collapsed) for one in watch.layers("m")] == [(4, False)]
+
+
+def test_a_loop_need_not_name_its_model() -> None:
+    watch = RoutingWatch()
+    for _ in range(2):
+        watch.add(LayerKey("", 5), [800, *[0] * 7])
+    text = watch.warning("")
+    assert text is not None
+    assert text.startswith("the routing has collapsed in 1 of 1 layers, the worst is layer 5: ")
