@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.charts import PICTURES, line_chart
 from benchmarks.measure import RESULTS
-from moesaic.cli.top import frame
+from moesaic.cli.live.top import frame
 from moesaic.cluster.reports.activity import Activity
 
 if TYPE_CHECKING:

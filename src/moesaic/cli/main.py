@@ -15,8 +15,9 @@ from rich.markup import escape
 
 from ..actors.runtime.process_log import set_up_logging
 from ..proto.errors import MoesaicError, describe_error
-from . import about, apply, bench, chat, expert, operate, train, watch
+from . import about, apply, bench, chat, expert, operate, watch
 from .ending import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE, exit_with
+from .live.train import train
 from .simulate import simulate
 from .terminal import print_json, print_report
 
@@ -171,9 +172,9 @@ bench.register(app)
 operate.register(app)
 apply.register(app)
 expert.register(app)
-train.register(app)
 watch.register(app)
 app.command()(simulate)
+app.command()(train)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
+from .live.top import frame
 from .terminal import print_report, table
-from .top import frame
 
 if TYPE_CHECKING:
     from ..cluster.reports.placing import ChangeReport, DrainReport, MeasuredEffect, PlanReport

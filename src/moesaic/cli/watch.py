@@ -16,8 +16,8 @@ from ..logs import KINDS, LogKind, read_logs
 from ..page_address import open_page, page_address
 from ..proto.errors import CheckpointError, ClusterError
 from ..session import ClusterSession, logged_session
+from .live.top import top
 from .terminal import bars, number, print_json, print_report, table, until_ctrl_c
-from .top import top
 
 if TYPE_CHECKING:
     from ..cluster.reports.activity import ExpertReport

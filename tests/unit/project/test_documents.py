@@ -13,6 +13,7 @@ import yaml
 
 from moesaic.cli.main import app
 from moesaic.cluster.spec.spec import parse_spec
+from moesaic.cluster.train_command.train_spec import TrainSpec
 from tests.helpers.documented import blocks, written_commands
 from tests.helpers.paths import ROOT
 
@@ -44,6 +45,9 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize(("page", "text"), list(blocks("yaml")))
 def test_a_spec_that_is_written_down_is_good(page: str, text: str) -> None:
     values = yaml.safe_load(text)
+    if "data" in values:
+        assert TrainSpec.model_validate(values).model_fields_set == values.keys()
+        return
     assert parse_spec(values, source=page).model_fields_set == values.keys()
 
 

@@ -29,9 +29,9 @@ kernels/slabs                       kernels kernels/grouped
 models/folder                       proto
 models/trunk                        proto kernels models/folder
 models/export                       proto models/folder models/trunk
-models/training                     proto kernels models/trunk
 models/upcycling                    proto models/folder
 models/data                         proto models/folder
+models/training                     proto kernels models/data models/trunk
 models                              proto models/folder models/upcycling
 
 cluster                             proto
@@ -53,7 +53,7 @@ cluster/scaling                     cluster/load cluster/planner cluster/reports
 cluster/spec                        proto cluster cluster/service cluster/batching
                                     cluster/host cluster/routing cluster/planner cluster/control
                                     cluster/reports cluster/scaling cluster/tracing
-cluster/train_command                  proto cluster/spec
+cluster/train_command               proto cluster/spec
 cluster/comparison                  cluster cluster/load cluster/planner cluster/control
                                     cluster/scaling
 
@@ -74,10 +74,6 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     actors/runtime actors/store actors/transport
                                     actors/transport/grpc actors/engine
                                     cluster/tracing actors/tracing
-actors/training/command             proto kernels/training cluster cluster/load cluster/reports
-                                    cluster/train_command models/data models/export models/folder
-                                    models/training models/trunk actors/runtime actors/store
-                                    actors/training actors/trunk
 actors/training/lead                proto cluster cluster/training actors/runtime actors/store
 actors/training                     proto kernels kernels/backward kernels/slabs
                                     kernels/training models/export models/trunk models/training
@@ -105,6 +101,10 @@ actors/trunk                        proto models/folder models/trunk models/trai
                                     actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router
                                     actors/engine/vllm_backend actors/host actors/training
+actors/training/command             proto kernels/training cluster cluster/load cluster/reports
+                                    cluster/train_command models/data models/export models/folder
+                                    models/training models/trunk actors/runtime actors/store
+                                    actors/training actors/trunk
 actors/router_service               proto kernels models/trunk cluster cluster/batching
                                     cluster/reports cluster/routing cluster/spec actors/runtime
                                     actors/store actors/transport actors/transport/grpc

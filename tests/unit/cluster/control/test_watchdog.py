@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moesaic.cli.top import frame
+from moesaic.cli.live.top import frame
 from moesaic.cluster.control.control import Control
 from moesaic.cluster.control.pool_view import Observation
 from moesaic.cluster.control.status_views import HostCounters, HostRates, hottest

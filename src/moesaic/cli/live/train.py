@@ -12,21 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .operate import JsonOption, err, out
-from .terminal import print_report
+from ..operate import JsonOption, err, out
+from ..terminal import print_report
 
 if TYPE_CHECKING:
-    from ..cluster.reports.training import TrainReport
-    from ..cluster.train_command.records import Record
-    from ..handle import Cluster
+    from ...cluster.reports.training import TrainReport
+    from ...cluster.train_command.records import Record
+    from ...handle import Cluster
 
 # How often the hosts' balancedness is asked for, and how often a line is printed at most.
 _ASK_S = 5.0
 _LINE_S = 1.0
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(train)
 
 
 def train(
@@ -58,10 +54,10 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model of the running cluster, and show how far it is."""
-    from ..actors.training.command.command import Watcher
-    from ..cluster.train_command.train_spec import load_train_spec
-    from ..handle import connect
-    from ..training import train as run
+    from ...actors.training.command.command import Watcher
+    from ...cluster.train_command.train_spec import load_train_spec
+    from ...handle import connect
+    from ...training import train as run
 
     given = load_train_spec(spec, data=data, steps=steps, folder=folder)
     shown = _Lines(given.steps, connect(given.cluster), given.model)
@@ -83,7 +79,7 @@ class _Lines:
     """Prints a line for each step, but not too many, and the hosts' balancedness in it."""
 
     def __init__(self, steps: int, cluster: Cluster, model: str | None) -> None:
-        from ..cluster.train_command.progress import Progress
+        from ...cluster.train_command.progress import Progress
 
         self._progress = Progress(steps)
         self._cluster = cluster
@@ -94,7 +90,7 @@ class _Lines:
         self._collapsed = False
 
     def record(self, record: Record) -> None:
-        from ..cluster.train_command.records import HeldOutRecord
+        from ...cluster.train_command.records import HeldOutRecord
 
         if isinstance(record, HeldOutRecord):
             self.end()
@@ -110,7 +106,7 @@ class _Lines:
         self._collapsed = record.collapsed is not None
 
     def balancedness(self) -> float | None:
-        from ..proto.errors import ClusterError
+        from ...proto.errors import ClusterError
 
         now = time.monotonic()
         if self._asked_at is None or now - self._asked_at >= _ASK_S:

@@ -14,13 +14,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..handle import Cluster, connect
-from ..proto.errors import ClusterError
-from ..session import find_session
-from .terminal import print_report, table, until_ctrl_c
+from ...handle import Cluster, connect
+from ...proto.errors import ClusterError
+from ...session import find_session
+from ..terminal import print_report, table, until_ctrl_c
 
 if TYPE_CHECKING:
-    from ..cluster.reports.activity import Activity, HostActivity, HotExpert, ModelActivity
+    from ...cluster.reports.activity import Activity, HostActivity, HotExpert, ModelActivity
 
 out = Console(highlight=False)
 

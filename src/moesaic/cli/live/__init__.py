@@ -1,0 +1,1 @@
+"""Commands that show something for as long as it goes on."""
