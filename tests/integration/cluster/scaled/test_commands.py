@@ -153,6 +153,8 @@ NOT_RUN = {
     "moesaic train": "the command's name, in a sentence",
     "moesaic train [SPEC]": "test_train_on_ray.py",
     "moesaic train notes.yaml": "as above",
+    "moesaic train --data my-texts": "as above",
+    "moesaic up -d deploy/training.yaml": "stays until `moesaic down`",
     "moesaic down": "tests/e2e/test_up_and_down.py",
     "moesaic down --name NAME": "as above",
     "moesaic down --name chat": "as above",
