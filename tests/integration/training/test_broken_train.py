@@ -17,7 +17,7 @@ from moesaic.actors.training.lead import coordinator as coordinator_module
 from moesaic.cluster.placement import ModelRef
 from moesaic.cluster.train_command.records import HeldOutRecord, StepRecord
 from moesaic.cluster.train_command.train_spec import load_train_spec
-from moesaic.proto.errors import MoesaicError
+from moesaic.proto.errors import ClusterError, HostLost, MoesaicError
 from tests.integration.conftest import save_model
 from tests.helpers.training.runs import Team, training_pool
 from tests.helpers.training.train_runs import Runner, train_spec, write_tokens
@@ -254,3 +254,59 @@ def test_weights_that_explode_end_the_run_with_a_message_for_its_user(
             runner.work(None, "worker-0", lr=1e30, dtype=torch.float32)
     assert "zero_grad" not in str(found.value)
     assert "not_finite" not in str(found.value)
+
+
+@pytest.mark.parametrize("redundancy", [0, 1])
+def test_a_host_that_is_lost_while_a_checkpoint_is_written_does_not_end_the_run(
+    folder: Path, run: RunFolder, redundancy: int
+) -> None:
+    """The checkpoint is not written; the one before is there, or others have all that it needs."""
+    spec = train_spec()
+    with training_pool(folder, hosts=3, replicas=3) as pool:
+        runner = Runner(pool, folder, spec, run)
+
+        def begun(optimizer: Any, loop: Any) -> None:
+            save, get, lost = optimizer.save, optimizer.run._links.get, []
+
+            def getting(entry: Any, *given: Any, **named: Any) -> Any:
+                if lost and entry.host == "host-1":
+                    raise HostLost("host-1 is gone")
+                return get(entry, *given, **named)
+
+            def saving(where: Path, **named: Any) -> Any:
+                if where.name == "step-00000004" and not lost:
+                    lost.append(True)
+                    pool.lose("host-1")
+                return save(where, **named)
+
+            optimizer.save, optimizer.run._links.get = saving, getting
+
+        runner.work(None, "worker-0", begun=begun, redundancy=redundancy)
+    assert [one.step for one in runner.told()[0]] == list(range(1, 9))
+
+
+def test_a_run_actor_that_is_gone_when_a_checkpoint_begins_does_not_end_the_run(
+    folder: Path, run: RunFolder
+) -> None:
+    """`RemoteCoordinator.where` says ClusterError then, and all meetings say StepLost."""
+    spec = train_spec()
+    with training_pool(folder, hosts=2, replicas=2) as pool:
+        runner = Runner(pool, folder, spec, run)
+
+        def begun(optimizer: Any, loop: Any) -> None:
+            save, where, lost = optimizer.save, optimizer.run._lead.where, []
+
+            def gone(*given: Any) -> Any:
+                if not lost:
+                    lost.append(True)
+                    raise ClusterError("run-1: The actor is restarting")
+                return where(*given)
+
+            def saving(*given: Any, **named: Any) -> Any:
+                optimizer.run._lead.where = gone
+                return save(*given, **named)
+
+            optimizer.save = saving
+
+        runner.work(None, "worker-0", begun=begun)
+    assert steps_of(run) == list(range(1, 9))
