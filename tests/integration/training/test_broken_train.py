@@ -91,9 +91,7 @@ def test_no_record_is_lost_with_the_only_worker(folder: Path, run: RunFolder) ->
     assert steps_of(run) == list(range(1, 9))
 
 
-def test_a_run_that_is_over_is_resumed_without_another_record(
-    folder: Path, run: RunFolder
-) -> None:
+def test_a_run_that_is_over_is_resumed_without_another_record(folder: Path, run: RunFolder) -> None:
     spec = train_spec()
     with training_pool(folder, hosts=2, replicas=2) as pool:
         Runner(pool, folder, spec, run).train(1)
@@ -135,6 +133,37 @@ def test_no_record_is_lost_with_the_worker_that_writes_them(folder: Path, run: R
     assert steps_of(run) == list(range(1, 9))
 
 
+def test_no_evaluation_is_lost_with_the_worker_that_writes_it(folder: Path, run: RunFolder) -> None:
+    """The first of two is killed when both know the sums, and before it has written them."""
+    spec = train_spec()
+    team = Team(2)
+
+    def begun(optimizer: Any, loop: Any) -> None:
+        class Folder(RunFolder):
+            def add(self, record: Any) -> None:
+                if isinstance(record, HeldOutRecord) and record.step == 3:
+                    optimizer.run.close = lambda: None
+                    raise Killed
+                super().add(record)
+
+        loop._folder = Folder(run.path)
+
+    with (
+        training_pool(folder, hosts=2, replicas=2) as pool,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        runner = Runner(pool, folder, spec, run)
+        first = threads.submit(runner.work, team, "worker-0", begun=begun)
+        second = threads.submit(runner.work, team, "worker-1")
+        with pytest.raises(Killed):
+            first.result(60)
+        third = threads.submit(runner.work, team, "worker-0")
+        second.result(60)
+        third.result(60)
+    held_out = [one.step for one in run.records()[0] if isinstance(one, HeldOutRecord)]
+    assert held_out == [0, 3, 6, 8]
+
+
 def test_a_run_without_a_checkpoint_is_not_begun_anew_with_other_weights(
     folder: Path, run: RunFolder
 ) -> None:
@@ -154,9 +183,7 @@ def test_a_run_without_a_checkpoint_is_not_begun_anew_with_other_weights(
     assert again.loss == pytest.approx(first.loss, abs=1e-10)
 
 
-def test_a_second_loss_while_a_run_goes_back_does_not_end_it(
-    folder: Path, run: RunFolder
-) -> None:
+def test_a_second_loss_while_a_run_goes_back_does_not_end_it(folder: Path, run: RunFolder) -> None:
     spec = train_spec()
     with training_pool(folder, hosts=3, replicas=3) as pool:
         runner = Runner(pool, folder, spec, run)
