@@ -25,10 +25,10 @@ from moesaic.cluster.train_command.progress import Progress
 from moesaic.cluster.train_command.records import HeldOutRecord, StepRecord
 from moesaic.cluster.train_command.train_spec import load_train_spec
 from moesaic.proto.errors import ClusterError, HostLost, MoesaicError
-from tests.integration.conftest import save_model
 from tests.helpers.training.runs import Team, training_pool
 from tests.helpers.training.train_runs import Runner, train_spec, write_tokens
 from tests.helpers.training.trunks import saved
+from tests.integration.conftest import save_model
 
 SEQUENCES = 24
 
