@@ -30,6 +30,7 @@ They cross the wire by name::
     |-- EngineError              the trunk's engine failed or was restarted
     |-- ClusterError             Ray, processes, ports: the pool could not be started or reached
     |   |-- Superseded           a newer controller has taken over
+    |   |-- NoRun                no training run lives that could be gone on with
     |   `-- StateLost            what a training run keeps is lost, and it goes back to a checkpoint
     `-- InternalError            a defect of ours
 """
@@ -245,6 +246,10 @@ class ClusterError(MoesaicError):
 
 class Superseded(ClusterError):
     """A newer controller has taken over; the one that asked has to end."""
+
+
+class NoRun(ClusterError):
+    """No training run lives that another process could go on with."""
 
 
 class StateLost(ClusterError):

@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 # Keys of a parameter group that are no hyperparameters: schedulers' and people's.
 _BESIDE = {"params", "param_names", "initial_lr", "name"}
 _NAMES = 5  # how many an error lists
+_IF_NOT_FINITE = (
+    "Call zero_grad() and go on with other data, lower the learning rate, or choose "
+    'not_finite="skip"'
+)
 
 
 class _Saved(NamedTuple):
@@ -86,6 +90,9 @@ class RunOptimizer(torch.optim.Optimizer):
         self.rule = UpdateRule(optimizer, **hyperparameters)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: float | None = None
+        # Called in `step` with the norm of all gradients, before they are applied.
+        self.decided: Callable[[float], None] = lambda _: None
+        self.if_not_finite = _IF_NOT_FINITE  # what the error says about it
         self._model = model
         self._not_finite = not_finite
         self._run: TrainingRun | None = None
@@ -188,6 +195,7 @@ class RunOptimizer(torch.optim.Optimizer):
             }
             norm, clip, _ = clip_coefficient({"": squares}, self.max_grad_norm)
             updates = self._updates(factors, clip / sums.weight) if layers or trunk else None
+            self.decided(norm)
             run.commit(updates, self._experts.without(layers))
         except StepLost:
             self._clear()
@@ -341,10 +349,7 @@ class RunOptimizer(torch.optim.Optimizer):
         names = f"{', '.join(bad[:_NAMES])}{more}"
         what = f"step {self.run.step + 1}: gradients are not finite: {names}"
         if self._not_finite == "stop":
-            raise BadExpert(
-                f"{what}. Nothing was changed. Call zero_grad() and go on with other data, lower "
-                'the learning rate, or choose not_finite="skip"'
-            )
+            raise BadExpert(f"{what}. Nothing was changed. {self.if_not_finite}")
         log.warning("%s. They are dropped, and the step is skipped.", what)
         self.grad_norm = math.nan
         self._experts.drop()

@@ -40,7 +40,7 @@ class Progress:
         self._last.append(record)
         parts = [
             f"step {record.step:>{self._width}}/{self._steps}",
-            f"loss {record.loss:.4f}",
+            f"loss {record.loss:.3f}",
             f"{self.tokens_per_s:,.0f} tokens/s",
         ]
         if self.balancedness is not None:
@@ -48,7 +48,7 @@ class Progress:
         if record.step < self._steps:
             parts.append(f"{_duration(self.left_s)} left")
         if record.attempts > 1:
-            parts.append(f"attempt {record.attempts}")
+            parts.append(f"try {record.attempts}")
         return "  ".join(parts)
 
     @staticmethod
@@ -61,8 +61,6 @@ class Progress:
 
 def _duration(seconds: float) -> str:
     """Return about how long something takes, in the largest unit that suits."""
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
-            value = seconds / size
-            return f"{value:.1f} {unit}" if unit == "h" else f"{value:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -169,9 +170,21 @@ class TrainSpec(Part):
         )
 
 
-# What decides which sequences a step has, and what its state belongs to. Another number of workers,
-# another schedule or learning rate go on with the same run.
-_FIXED = ("model", "data", "batch.sequences", "optimizer.name")
+# What decides which sequences a step has, and what is kept of each tensor. Another number of
+# workers, another schedule or learning rate go on with the same run.
+_FIXED = ("model", "data", "batch.sequences", "optimizer.name", "optimizer.settings")
+_FREE = ("optimizer.settings.lr", "optimizer.settings.weight_decay", "optimizer.settings.betas")
+
+
+class _Loader(StrictLoader):
+    """Takes 1e-4 for a number, as YAML 1.2 does; in YAML 1.1 it needs a point and a sign."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
 
 
 class Difference(NamedTuple):
@@ -191,7 +204,8 @@ def differences(before: TrainSpec, after: TrainSpec) -> list[Difference]:
             path,
             old.get(path),
             new.get(path),
-            any(path == fixed or path.startswith(f"{fixed}.") for fixed in _FIXED),
+            path not in _FREE
+            and any(path == fixed or path.startswith(f"{fixed}.") for fixed in _FIXED),
         )
         for path in dict.fromkeys([*old, *new])
         if old.get(path) != new.get(path) and path not in ("cluster", "checkpoints.folder")
@@ -237,7 +251,7 @@ def load_train_spec(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

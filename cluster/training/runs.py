@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ...proto.errors import ClusterError, Superseded
+from ...proto.errors import ClusterError, NoRun, Superseded
 from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
 from ..placement import HostEntry, LayerPlacement, ModelShape, PlacementId, every_expert
 from ..versions import WeightVersions
@@ -218,15 +218,13 @@ class TrainingRuns:
     def succeed(self, model: str, *, who: str, now: float) -> LivingRun:
         """Let another process go on with the run that lives, under the next number.
 
-        The process before is superseded, whether or not it is gone. Raises ClusterError if no run
-        trains the model.
+        The process before is superseded, whether or not it is gone. Raises NoRun if none trains the
+        model.
         """
         found = self.alive
         if found is None or found.model != model:
             last = f"; the last one has ended: {self.ending}" if self.ending else ""
-            raise ClusterError(
-                f"model {model!r}: no run that trains it lives{last}; begin a new one"
-            )
+            raise NoRun(f"model {model!r}: no run that trains it lives{last}; begin a new one")
         self.last_run += 1
         found.since = found.first
         found.run, found.who = self.last_run, who

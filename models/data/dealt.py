@@ -26,7 +26,7 @@ class Dealt:
     def __init__(
         self, tokens: TokenFile, *, length: int, per_step: int, held_out: float, seed: int
     ) -> None:
-        usable = _with_targets(tokens, length)
+        usable, self.largest_token = _with_targets(tokens, length)
         count = round(held_out * len(usable))
         # The part that was asked for may be less than one.
         count = max(count, 1) if held_out and len(usable) > 1 else count
@@ -56,13 +56,16 @@ class Dealt:
         return self._order.epoch(step)
 
 
-def _with_targets(tokens: TokenFile, length: int) -> list[int]:
+def _with_targets(tokens: TokenFile, length: int) -> tuple[list[int], int]:
+    """Return the sequences that have some, and the largest token of all."""
     found: list[int] = []
+    largest = 0
     count = count_sequences(tokens, length)
     for begin in range(0, count, _AT_ONCE):
         many = min(_AT_ONCE, count - begin)
-        _, learned = tokens.read(begin * length, many * length)
+        ids, learned = tokens.read(begin * length, many * length)
+        largest = max(largest, int(ids.max()))
         # A sequence's first token is no target.
         has_some = learned.view(many, length)[:, 1:].any(dim=1)
         found += (has_some.nonzero().flatten() + begin).tolist()
-    return found
+    return found, largest

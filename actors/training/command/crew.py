@@ -36,6 +36,8 @@ class WorkerCrew:
         self._runs: dict[Any, int] = {}  # number of the worker by the future of its `run`
         self._losses = 0
         self._step = -1
+        self._stops = False  # all are told to
+        self._ends = False  # one has ended, so the run has
         try:
             for number in range(work.spec.workers.count):
                 self._start(number, again=False)
@@ -59,6 +61,8 @@ class WorkerCrew:
             .remote(self._work, number, again=again)
         )
         self._runs[self._workers[number].run.remote()] = number
+        if self._stops:
+            self._workers[number].stop.remote()
 
     def _await(self, number: int) -> None:
         cpus = self._work.spec.workers.num_cpus
@@ -78,6 +82,7 @@ class WorkerCrew:
             number = self._runs.pop(one)
             try:
                 ray.get(one)
+                self._ends = True
             except RayActorError as error:
                 self._replace(number, last_line(error))
             except RayTaskError as error:
@@ -87,6 +92,9 @@ class WorkerCrew:
         return not self._runs
 
     def _replace(self, number: int, why: str) -> None:
+        if self._ends:
+            log.warning("worker %d is gone after the end of the run: %s", number, why)
+            return
         self._losses += 1
         if self._losses > MOST_LOSSES:
             raise ClusterError(
@@ -98,6 +106,7 @@ class WorkerCrew:
 
     def stop(self) -> None:
         """Let all workers end after the step under way."""
+        self._stops = True
         for worker in self._workers.values():
             worker.stop.remote()
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ....cluster.expert_keys import LayerKey
 from ....cluster.load.routing_watch import RoutingWatch
-from ....cluster.train_command.records import HeldOutRecord, StepRecord
+from ....cluster.train_command.records import HeldOutRecord, Record, StepRecord, history
 from ....cluster.train_command.train_spec import TrainSpec
 from ....models.data.dealt import Dealt
 from ....models.data.sequences import sequence
@@ -28,11 +28,17 @@ from ....models.data.token_file import TokenFile
 from ....models.training.balance_loss import Routed, balance_part, routed
 from ....models.training.language_loss import Computed, compute
 from ....proto.errors import (
+    BadExpert,
     BadInput,
     CheckpointError,
+    ClusterError,
     ExpertUnavailable,
+    MoesaicError,
+    NoRun,
+    Retryable,
     StateLost,
     StepLost,
+    Superseded,
     describe_error,
 )
 from ..optimizer import RunOptimizer
@@ -41,8 +47,12 @@ from .run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # A step that fails so often in a row will fail again.
 MOST_ATTEMPTS = 20
+# A checkpoint that cannot be written so often in a row never can.
+MOST_UNSAVED = 3
 # How often a checkpoint is chosen anew because the other workers have chosen another one.
 _CHOICES = 5
 
@@ -94,45 +104,66 @@ class TrainingLoop:
         self._watch = RoutingWatch()
         self._began = time.monotonic()  # the step under way
         self._attempts = 1  # at it
-        self._record: StepRecord | None = None  # the last one, which may not be written yet
-        self._written: int | None = None  # the last step with a record; None: another one writes
-        self._evaluated: int | None = None
+        self._lost = False  # the attempt, and it is to begin anew
+        self._unwritten: list[Record] = []  # which the worker that writes may not have written
+        self._known: set[tuple[type, int]] | None = None  # what is recorded; None: not looked yet
+        self._evaluated: int | None = None  # the last step after which that was done
         self._saving: tuple[int, Saving] | None = None
         self._saved_step: int | None = None  # None: not looked yet
         self._saved_at = time.monotonic()
+        self._not_saved_in_a_row = 0
+        optimizer.if_not_finite = (
+            "Lower optimizer.settings.lr, or optimizer.max_grad_norm, and go on from the last "
+            "checkpoint with --resume"
+        )
 
     def run(self) -> None:
         """Train until the last step is done, or all are told to stop; a checkpoint is there then.
 
-        Raises StateLost if state is lost before the first checkpoint, and what else ends a run.
+        Raises BadExpert, Superseded, CheckpointError, and what comes again and again.
         """
         try:
-            self._guarded(self._resume)
-            while not self._guarded(self._next):
+            self._until_done(self._resume)
+            while not self._until_done(self._next):
                 continue
         finally:
             self._tokens.close()
 
-    def _guarded(self, act: Any) -> Any:
+    def _until_done(self, act: Callable[[], T]) -> T:
         """Do something again until nothing is lost meanwhile."""
         while True:
             try:
+                if self._lost:
+                    self._begin_anew()
                 return act()
-            except StateLost as error:
-                self._go_back(error)
-            except (StepLost, ExpertUnavailable) as error:
+            except BadExpert as error:
+                raise BadExpert(f"step {self._run.step + 1}: {error}") from error
+            except (Superseded, NoRun):
+                raise
+            except (StepLost, StateLost, ExpertUnavailable, ClusterError, Retryable) as error:
+                self._lost = True
                 self._attempts += 1
-                if self._attempts > MOST_ATTEMPTS:
+                if self._attempts > MOST_ATTEMPTS or self._run_is_over:
                     raise
                 log.warning("step %d is done again: %s", self._run.step + 1, describe_error(error))
-                try:
-                    self._optimizer.zero_grad()
-                except StateLost as lost:
-                    self._go_back(lost)
+
+    def _begin_anew(self) -> None:
+        try:
+            self._optimizer.zero_grad()
+        except StateLost as error:
+            log.warning("the run goes back to its last checkpoint: %s", error)
+            if self._folder.newest() is None:
+                raise CheckpointError(f"{error}. No checkpoint was written yet") from error
+            self._load()
+        self._lost = False
 
     @property
     def _run(self) -> TrainingRun:
         return self._optimizer.run
+
+    @property
+    def _run_is_over(self) -> bool:
+        return bool(getattr(self._run, "is_over", False))
 
     # ---- from a checkpoint ----------------------------------------------------------------------
 
@@ -142,12 +173,6 @@ class TrainingLoop:
             raise StateLost("the state of the run is lost")
         if self._run.step == 0 and self._folder.newest() is not None:
             self._load()
-
-    def _go_back(self, error: StateLost) -> None:
-        log.warning("the run goes back to its last checkpoint: %s", error)
-        if self._folder.newest() is None:
-            raise StateLost(f"{error}. No checkpoint was written yet") from error
-        self._load()
 
     def _load(self) -> None:
         for left in reversed(range(_CHOICES)):
@@ -163,7 +188,8 @@ class TrainingLoop:
                     raise
                 log.warning("another checkpoint has come meanwhile; the newest is chosen anew")
         log.info("the run goes on after step %d", self._run.step)
-        self._evaluated, self._record, self._written, self._saved_step = None, None, None, None
+        self._known, self._unwritten, self._saved_step = None, [], None
+        self._evaluated = None
         self._watch = RoutingWatch()
 
     # ---- one step -------------------------------------------------------------------------------
@@ -175,6 +201,8 @@ class TrainingLoop:
         due = evaluation is not None and (
             step % evaluation.every_steps == 0 or step == self._spec.steps
         )
+        if due and self._evaluated != step and step in self._evaluations():
+            self._evaluated = step
         # A worker that has come in the place of another one knows neither.
         done, stops = run.total(
             "begin", (float(self._evaluated == step), float(self._stop.is_set()))
@@ -187,11 +215,11 @@ class TrainingLoop:
             self._evaluate(step, leads=leads)
         if step >= self._spec.steps or stops:
             if leads:
-                self._save(step, wait=True)
+                self._save_last(step)
             run.total("end", ())
             return True
         if leads and self._is_save_due(step):
-            self._save(step, wait=False)
+            self._save(step)
         self._step(step, leads=leads)
         return False
 
@@ -212,23 +240,31 @@ class TrainingLoop:
                 *(count for layer in counts.values() for count in layer),
             ),
         )
-        workers = run.workers
-        optimizer.step(weight=sums.targets)
-        now = time.monotonic()
         self._look_at(of_experts, [len(layer) for layer in counts.values()], list(counts))
-        self._record = self._recorded(
+        record = self._recorded(
             step=step + 1,
             loss=loss / targets,
             targets=int(targets),
             tokens=int(tokens),
-            seconds=now - self._began,
+            seconds=0.0,
             lr=optimizer.param_groups[0]["lr"],
-            grad_norm=optimizer.grad_norm,
-            workers=workers,
+            grad_norm=None,
+            workers=run.workers,
             attempts=self._attempts,
             balance_loss=balance if self._spec.balance_loss is not None else None,
         )
-        self._began, self._attempts = now, 1
+
+        def decided(norm: float) -> None:
+            nonlocal record
+            seconds = time.monotonic() - self._began
+            record = replace(record, grad_norm=norm, seconds=seconds)
+            if leads:
+                self._folder.pend(record)
+
+        optimizer.decided = decided
+        optimizer.step(weight=sums.targets)
+        self._unwritten.append(record)
+        self._began, self._attempts = time.monotonic(), 1
         if leads:
             self._catch_up(step + 1)
 
@@ -297,17 +333,24 @@ class TrainingLoop:
 
     # ---- beside the steps -----------------------------------------------------------------------
 
+    def _evaluations(self) -> set[int]:
+        """Return the steps after which the run was evaluated, as its records say."""
+        _, found = history(self._folder.records()[0])
+        return {one.step for one in found}
+
     def _catch_up(self, step: int) -> None:
-        """Write the record of the last step, unless it is there; its writer may be gone."""
-        if self._written is None:
-            found, _ = self._folder.records()
-            steps = [one.step for one in found if isinstance(one, StepRecord)]
+        """Write what is not recorded yet of what has led to ``step``; its writer may be gone."""
+        if self._known is None:
+            steps, held_out = history(self._folder.records()[0])
             # What was recorded after this step is done again.
-            self._written = min(steps[-1], step) if steps else 0
-        record = self._record
-        if record is not None and record.step == step and self._written < step:
-            self._folder.add(record)
-            self._written = step
+            self._known = {(type(one), one.step) for one in [*steps, *held_out] if one.step <= step}
+            if (pending := self._folder.pending()) is not None and pending.step == step:
+                self._unwritten.append(pending)
+        for one in self._unwritten:
+            if one.step <= step and (type(one), one.step) not in self._known:
+                self._folder.add(one)
+                self._known.add((type(one), one.step))
+        self._unwritten.clear()
 
     def _evaluate(self, step: int, *, leads: bool) -> None:
         evaluation = self._spec.evaluation
@@ -322,50 +365,66 @@ class TrainingLoop:
         finally:
             self._model.train()
         loss, targets = self._run.total("held out", (loss, targets))
-        if leads:
-            self._folder.add(
-                HeldOutRecord(
-                    step=step, held_out_loss=loss / targets, held_out_targets=int(targets)
-                )
-            )
+        self._unwritten.append(
+            HeldOutRecord(step=step, held_out_loss=loss / targets, held_out_targets=int(targets))
+        )
         self._evaluated = step
+        if leads:
+            self._catch_up(step)
         self._began = time.monotonic()
 
     def _is_save_due(self, step: int) -> bool:
         given = self._spec.checkpoints
         if self._saved_step is None:
             newest = self._folder.newest()
-            self._saved_step = newest.step if newest is not None else 0
-        if step == self._saved_step:
+            if newest is None:
+                return True  # the run goes back to where it has begun, if it has to
+            self._saved_step = newest.step
+        if step <= self._saved_step:
             return False
         minutes = (time.monotonic() - self._saved_at) / 60
         by_steps = given.every_steps is not None and step - self._saved_step >= given.every_steps
         return by_steps or (given.every_minutes is not None and minutes >= given.every_minutes)
 
-    def _save(self, step: int, *, wait: bool) -> None:
+    def _save(self, step: int) -> None:
+        """Begin to write a checkpoint beside the step that follows."""
         self._keep_saved(wait=True)
-        if self._saved_step == step:
+        try:
+            saving = self._optimizer.save(self._folder.checkpoint(step), wait=False)
+        except (StepLost, StateLost):
+            raise
+        except (CheckpointError, ClusterError, Retryable) as error:
+            self._not_saved(step, error)
             return
-        saving = self._optimizer.save(self._folder.checkpoint(step), wait=wait)
         self._saving = step, saving
         self._saved_step, self._saved_at = step, time.monotonic()
-        if wait:
+
+    def _save_last(self, step: int) -> None:
+        """Write a checkpoint of now, unless there is one. Raises CheckpointError."""
+        self._keep_saved(wait=True)
+        while (newest := self._folder.newest()) is None or newest.step != step:
+            self._save(step)
             self._keep_saved(wait=True)
 
     def _keep_saved(self, *, wait: bool = False) -> None:
-        """Take note of a checkpoint that was written, and remove those that are too many.
-
-        Raises CheckpointError if it could not be written.
-        """
+        """Take note of a checkpoint that was written, and remove those that are too many."""
         if self._saving is None or not (wait or self._saving[1].done()):
             return
         (step, saving), self._saving = self._saving, None
         try:
             saving.result()
-        except (CheckpointError, CancelledError, OSError) as error:
-            self._saved_step = None
-            raise CheckpointError(
-                f"the checkpoint after step {step} could not be written: {describe_error(error)}"
-            ) from error
+        except (MoesaicError, CancelledError, OSError) as error:
+            self._not_saved(step, error)
+            return
+        self._not_saved_in_a_row = 0
         self._folder.keep_last(self._spec.checkpoints.keep)
         log.info("the checkpoint after step %d is on the disk", step)
+
+    def _not_saved(self, step: int, error: BaseException) -> None:
+        """Try again later: a host may be lost while it is read. Raises CheckpointError."""
+        self._saved_step = None
+        self._not_saved_in_a_row += 1
+        why = f"the checkpoint after step {step} could not be written: {describe_error(error)}"
+        if self._not_saved_in_a_row >= MOST_UNSAVED:
+            raise CheckpointError(why) from error
+        log.warning("%s; it is tried again", why)

@@ -17,7 +17,7 @@ from ....models.data.token_file import TokenFile, is_current, write_token_file
 from ....models.folder.tokenizer import read_tokenizer
 from ....models.training.language_loss import has_balance_loss
 from ....models.trunk.config import read_config
-from ....proto.errors import BadInput, SpecError
+from ....proto.errors import BadInput, CheckpointError, SpecError
 from .run_folder import RunFolder
 
 # How often the progress of packing is told, in documents.
@@ -86,7 +86,8 @@ def prepare(
         source = Source(Path(given.path).absolute(), given.format, given.pattern)
         about = made_from(source, model, given.learn)
         if not is_current(folder.tokens, about):
-            folder.path.mkdir(parents=True, exist_ok=True)
+            with folder.writing():
+                folder.path.mkdir(parents=True, exist_ok=True)
             found = pack(documents(source), read_tokenizer(model), learn=given.learn)
             write_token_file(folder.tokens, _told(found, packed), about=about)
     with TokenFile(folder.tokens) as tokens:
@@ -97,6 +98,7 @@ def prepare(
             held_out=given.held_out,
             seed=given.seed,
         )
+        _check_vocabulary(model, dealt.largest_token)
         if spec.evaluation is not None and not dealt.held_out:
             raise SpecError(
                 "evaluation: no sequences are held out for it; set data.held_out above 0, or "
@@ -107,6 +109,15 @@ def prepare(
             tokens=len(tokens),
             sequences=len(dealt),
             held_out=len(dealt.held_out),
+        )
+
+
+def _check_vocabulary(model: Path, largest: int) -> None:
+    size = getattr(read_config(model).get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and largest >= size:
+        raise CheckpointError(
+            f"{model}: the tokenizer makes token {largest}, and the model has a vocabulary of "
+            f"{size} (vocab_size in config.json); use the tokenizer that belongs to the model"
         )
 
 

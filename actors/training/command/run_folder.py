@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ....cluster.train_command.records import Record, line_of, record_of
+from ....cluster.train_command.records import Record, StepRecord, line_of, record_of
 from ....cluster.train_command.train_spec import TrainSpec, differences
 from ....models.export.training_checkpoint import TrainingCheckpoint, keep_last, list_checkpoints
-from ....proto.errors import CheckpointError, SpecError
+from ....proto.errors import CheckpointError, SpecError, describe_error
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class RunFolder:
         self.events = path / "tensorboard"
         self._records = path / "steps.jsonl"
         self._begun_with = path / "run.json"
+        self._pending = path / "step.pending"
         self._adds = False
 
     def check(
@@ -39,7 +41,7 @@ class RunFolder:
         a run already and ``resume`` is false, or none and it is true, or if what has changed would
         change which sequences a step has, or what is trained; and CheckpointError.
         """
-        there = self._begun_with.is_file() and (self._records.is_file() or self._has_checkpoints)
+        there = self._records.is_file() or self._has_checkpoints
         where = f"checkpoints.folder: {self.path}"
         if there and not resume:
             raise SpecError(
@@ -58,17 +60,29 @@ class RunFolder:
                 told(f"{path}: {old!r} before, and {new!r} from now on")
 
     def begin(self, spec: TrainSpec) -> None:
-        """Take note of what the run goes on with. Raises OSError."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        draft = self._begun_with.with_suffix(".draft")
-        draft.write_text(json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
-        draft.replace(self._begun_with)
+        """Take note of what the run goes on with. Raises SpecError if that cannot be written."""
+        with self.writing():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            _replace(self._begun_with, json.dumps(spec.model_dump(mode="json"), indent=2))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raise SpecError for an error of the system, which names the key."""
+        try:
+            yield
+        except OSError as error:
+            raise SpecError(
+                f"checkpoints.folder: {self.path}: cannot be written: {describe_error(error)}"
+            ) from error
 
     def _spec(self) -> TrainSpec:
         try:
             return TrainSpec.model_validate(json.loads(self._begun_with.read_text()))
-        except ValueError as error:
-            raise CheckpointError(f"{self._begun_with}: no spec of a run: {error}") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._begun_with}: no spec of a run: {describe_error(error)}; name another "
+                "folder (checkpoints.folder)"
+            ) from error
 
     @property
     def _has_checkpoints(self) -> bool:
@@ -103,6 +117,17 @@ class RunFolder:
             file.write(line_of(record).encode() + b"\n")
         self._adds = True
 
+    def pend(self, record: StepRecord) -> None:
+        """Keep the record of a step that is about to be committed."""
+        _replace(self._pending, line_of(record))
+
+    def pending(self) -> Record | None:
+        """Return the last one that was kept."""
+        try:
+            return record_of(self._pending.read_text())
+        except (OSError, CheckpointError):
+            return None  # there was none
+
     def records(self, since: int = 0) -> tuple[list[Record], int]:
         """Return the records from byte ``since`` on, and where the next ones will begin."""
         try:
@@ -119,3 +144,10 @@ class RunFolder:
             except CheckpointError as error:
                 log.warning("%s: a line is left out: %s", self._records, error)
         return records, since + len(whole)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that has either all of the text or what it had before."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text + "\n")
+    draft.replace(path)

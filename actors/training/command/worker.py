@@ -11,7 +11,7 @@ from threading import Event
 from ....cluster.placement import ModelRef
 from ....cluster.train_command.train_spec import TrainSpec
 from ....models.trunk.describe import experts_per_token
-from ....proto.errors import ClusterError, StateLost, describe_error
+from ....proto.errors import NoRun, describe_error
 from ...runtime.process_log import begin_process
 from ...runtime.ray_border import cluster_of
 from ...trunk.program_config import program_config
@@ -80,9 +80,7 @@ class RayTrainWorker:
         if self._again:
             try:
                 return self._opened(trunk, succeed=True)
-            except StateLost:
-                raise
-            except ClusterError as error:
+            except NoRun as error:
                 log.warning("a new run begins: %s", describe_error(error))
         return self._opened(trunk, succeed=False)
 

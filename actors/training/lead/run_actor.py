@@ -173,7 +173,7 @@ class RemoteCoordinator:
 
     @property
     def is_broken(self) -> bool:
-        return self._call("is_broken")
+        return self._when_back("is_broken")
 
     def planned_memory(self, *, lent: bool = False) -> dict[str, HostMemory]:
         return self._call("planned_memory", lent=lent)
@@ -184,23 +184,16 @@ class RemoteCoordinator:
             target=self._beat, args=(worker,), name="training-worker", daemon=True
         )
         self._beats.start()
-        return self._call("enter", worker, self.plan.digest)
+        return self._when_back("enter", worker, self.plan.digest)
 
     def own(self, worker: Worker) -> None:
         self._call("own", worker)
 
     def again(self, worker: Worker) -> Stand:
-        until = time.monotonic() + BACK_S
-        while True:
-            try:
-                return self._at(self._ask("again", worker, timeout_s=LONG_S))
-            except _Unreachable as error:
-                if time.monotonic() >= until:
-                    raise ClusterError(str(error)) from error
-            time.sleep(_PAUSE_S)
+        return self._at(self._when_back("again", worker))
 
     def where(self, worker: Worker, attempt: Attempt | None = None) -> Where:
-        return self._call("where", worker, attempt)
+        return self._when_back("where", worker, attempt)
 
     def reduce_experts(
         self,
@@ -267,6 +260,17 @@ class RemoteCoordinator:
             return self._ask(what, worker, given)
         except _Unreachable as error:
             raise StepLost(f"the checkpoint is not taken over: {error}") from error
+
+    def _when_back(self, what: str, *given: Any) -> Any:
+        """Ask as soon as the actor is there, which may be restarted."""
+        until = time.monotonic() + BACK_S
+        while True:
+            try:
+                return self._ask(what, *given)
+            except _Unreachable as error:
+                if time.monotonic() >= until:
+                    raise ClusterError(str(error)) from error
+            time.sleep(_PAUSE_S)
 
     def _call(self, what: str, *given: Any, timeout_s: float = LONG_S, **named: Any) -> Any:
         try:
