@@ -60,6 +60,15 @@ class TrainingStep:
         return all_to_all_bytes(rows, self.hidden)
 
 
+def replica_bytes(*, gradient: int, weights: int, redundancy: int) -> tuple[int, int]:
+    """Return the bytes that one more replica of an expert adds to a step: elsewhere, and on an owner.
+
+    ``gradient`` and ``weights`` are the bytes of its gradient and of its weights. Each owner fetches
+    the gradient of each replica, and each replica the new weights; an owner has its own.
+    """
+    return gradient * (1 + redundancy) + weights, gradient * redundancy
+
+
 def wide_bytes(weight_bytes: int) -> int:
     """Return the size of a number in sums, gradients and masters."""
     return max(4, weight_bytes)
