@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..expert_keys import LayerKey
+from ..reports.placing import UpkeepReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,3 +52,11 @@ class ReplicaUpkeep:
                 if owner in index:
                     busy_EH[expert, index[owner]] = self.seconds(self.at_owner_bytes) / self.step_s
         return busy_EH if busy_EH.any() else None
+
+    def report(self) -> UpkeepReport:
+        return UpkeepReport(
+            model=self.model,
+            replica_bytes=self.elsewhere_bytes,
+            replica_s=round(self.seconds(self.elsewhere_bytes), 6),
+            step_s=round(self.step_s, 3),
+        )

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _IDS, _GATES = 4, 4  # bytes of an id, and of a gate's weight (float32)
+# How fast tensors go from host to host, for plans: 100 MB through shared memory, and over gRPC as
+# between machines, in `benchmarks/speed/bulk.py` on an AMD EPYC with 2 cores.
+SHARED_BYTES_PER_S, GRPC_BYTES_PER_S = 4e9, 0.4e9
 
 
 class StepBytes(NamedTuple):
@@ -61,10 +64,11 @@ class TrainingStep:
 
 
 def replica_bytes(*, gradient: int, weights: int, redundancy: int) -> tuple[int, int]:
-    """Return the bytes that one more replica of an expert adds to a step: elsewhere, and on an owner.
+    """Return the bytes that one more replica of an expert adds to a step.
 
-    ``gradient`` and ``weights`` are the bytes of its gradient and of its weights. Each owner fetches
-    the gradient of each replica, and each replica the new weights; an owner has its own.
+    That is on a host that does not own the expert, and on one that does. ``gradient`` and
+    ``weights`` are the bytes of its gradient and its weights. Each owner fetches the gradient of
+    each replica, and each replica the new weights; an owner has its own.
     """
     return gradient * (1 + redundancy) + weights, gradient * redundancy
 

@@ -190,19 +190,39 @@ def _print_models(cluster: ClusterStatus, engines: dict[str, EngineStatus]) -> N
             out.print(f"{model.name}: worst routing in {routing.words}", markup=False)
 
 
-def _print_training(run: TrainingStatus) -> None:
-    owned = [f"{host} owns {count} tensors" for host, count in run.owned_tensors.items()]
+def training_lines(run: TrainingStatus) -> list[str]:
+    """Say how far and how fast a run is, and what would be lost with a host."""
     words = f"run {run.run} ({run.initiator}) trains {run.model}: version {run.version} after "
     words += f"{run.steps:,} steps, for {run.age_s:,.0f} s"
     if run.attempt:
         words += f"; attempt {run.attempt} at the next by {run.workers:,} processes"
-    out.print("; ".join([words, ", ".join(owned)] if owned else [words]), markup=False)
+    lines, pace = [words], list[str]()
+    if run.step_s is not None:
+        pace.append(f"{run.step_s:,.3g} s a step")
+    if run.tokens_per_s is not None:
+        pace.append(f"{run.tokens_per_s:,.0f} tokens/s")
+    if run.balancedness is not None:
+        mean, worst = run.balancedness.mean, run.balancedness.worst
+        pace.append(f"balancedness {mean:.3f}, worst layer {worst:.3f}")
+    if pace:
+        lines.append(f"run {run.run}: {', '.join(pace)}")
     if run.unprotected_tensors:
-        out.print(
+        lines.append(
             f"{run.unprotected_tensors:,} trained tensors have a single owner: if that host is "
-            "lost, the run goes back to a checkpoint",
-            markup=False,
+            "lost, the run goes back to a checkpoint"
         )
+    return lines
+
+
+def _print_training(run: TrainingStatus) -> None:
+    for line in training_lines(run):
+        out.print(line, markup=False)
+    owned = [
+        f"{host} {count:,}" + (f" ({_mib(size)})" if (size := run.owned_bytes.get(host)) else "")
+        for host, count in run.owned_tensors.items()
+    ]
+    if owned:
+        out.print(f"tensors that hosts own: {', '.join(owned)}", markup=False)
 
 
 def _print_balance(cluster: ClusterStatus) -> None:

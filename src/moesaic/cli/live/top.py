@@ -17,10 +17,12 @@ from rich.text import Text
 from ...handle import Cluster, connect
 from ...proto.errors import ClusterError
 from ...session import find_session
+from ..status import training_lines
 from ..terminal import print_report, table, until_ctrl_c
 
 if TYPE_CHECKING:
     from ...cluster.reports.activity import Activity, HostActivity, HotExpert, ModelActivity
+    from ...cluster.reports.status import TrainingStatus
 
 out = Console(highlight=False)
 
@@ -99,7 +101,9 @@ def frame(name: str, seen: Activity) -> RenderableType:
         if routing is not None:
             words = f"{model.name}: worst routing in {routing.words}"
             parts.append(Text(words, style="red" if routing.collapsed else ""))
-    return Group(*parts, _hosts(seen.hosts), *_experts(seen.hottest_experts))
+    if seen.training is not None:
+        parts += [Text(line) for line in training_lines(seen.training)]
+    return Group(*parts, _hosts(seen.hosts, seen.training), *_experts(seen.hottest_experts))
 
 
 def _balance(model: ModelActivity) -> str:
@@ -111,8 +115,9 @@ def _balance(model: ModelActivity) -> str:
     )
 
 
-def _hosts(hosts: list[HostActivity]) -> Table:
-    shown = table("host", "state", ">experts", ">queue", ">busy", ">calls/s", ">rows/s")
+def _hosts(hosts: list[HostActivity], run: TrainingStatus | None) -> Table:
+    owns = [] if run is None else [">owns"]
+    shown = table("host", "state", ">experts", *owns, ">queue", ">busy", ">calls/s", ">rows/s")
     for host in hosts:
         each = host.throughput
         cells = ["", "", ""]
@@ -126,6 +131,7 @@ def _hosts(hosts: list[HostActivity]) -> Table:
             host.name,
             Text(host.state.words, style="" if host.state == "up" else "yellow"),
             f"{host.replicas:,}",
+            *([] if run is None else [f"{run.owned_tensors.get(host.name, 0):,}"]),
             f"{host.queued_rows:,}",
             *cells,
         )

@@ -142,7 +142,7 @@ def test_bytes_are_those_of_a_step_with_one_replica_more() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="step_s: 0.0, but must be more than 0"):
+    with pytest.raises(ValueError, match=r"step_s: 0\.0, but must be more than 0"):
         ReplicaUpkeep(
             model="m", owners={}, elsewhere_bytes=1, at_owner_bytes=0, bytes_per_s=1.0, step_s=0.0
         )
@@ -177,8 +177,8 @@ def test_what_holds_for_any_upkeep(world: dict[str, Any], busy: float) -> None:
     assert {len(each) > 0 for each in some.layers[KEY].replicas} == {True}
     # The same load comes to rest: each step lowers what hosts lack and replicas cost together.
     for _ in range(4):
-        held = [[host for host, _ in each] for each in some.layers[KEY].replicas]
-        some = planned(**(world | {"current": held}), costs=upkeep(busy, owners))
+        held: Any = [[host for host, _ in each] for each in some.layers[KEY].replicas]
+        some = planned(**world | {"current": held}, costs=upkeep(busy, owners))
     assert not some.moves
     assert not some.drops
 
