@@ -93,5 +93,10 @@ def test_how_fast_it_is(folder: Path) -> None:
             now[0] += 2.0 + step
             one_step(model, optimizer, step)
             told.append(lead._progress()[3:5])
+        for host in pool.alive.values():
+            *_, busy_s, backward_s, owner_s = host.report().work
+            assert busy_s > 0
+            assert backward_s > 0
+            assert owner_s > 0
         tokens = sum(ids.numel() for ids in whole_steps.microbatches(0))
         assert told == [(2.0, tokens / 2), (2.5, 2 * tokens / 5), (3.0, 3 * tokens / 9)]
