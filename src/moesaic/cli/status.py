@@ -21,6 +21,7 @@ from ..cluster.reports.status import (
 from ..connecting import running_cluster
 from ..handle import connect
 from .terminal import table
+from .live.top import training_lines
 
 out = Console(highlight=False)
 
@@ -188,30 +189,6 @@ def _print_models(cluster: ClusterStatus, engines: dict[str, EngineStatus]) -> N
         routing = worst_routing(model.routing)
         if routing is not None:
             out.print(f"{model.name}: worst routing in {routing.words}", markup=False)
-
-
-def training_lines(run: TrainingStatus) -> list[str]:
-    """Say how far and how fast a run is, and what would be lost with a host."""
-    words = f"run {run.run} ({run.initiator}) trains {run.model}: version {run.version} after "
-    words += f"{run.steps:,} steps, for {run.age_s:,.0f} s"
-    if run.attempt:
-        words += f"; attempt {run.attempt} at the next by {run.workers:,} processes"
-    lines, pace = [words], list[str]()
-    if run.step_s is not None:
-        pace.append(f"{run.step_s:,.3g} s a step")
-    if run.tokens_per_s is not None:
-        pace.append(f"{run.tokens_per_s:,.0f} tokens/s")
-    if run.balancedness is not None:
-        mean, worst = run.balancedness.mean, run.balancedness.worst
-        pace.append(f"balancedness {mean:.3f}, worst layer {worst:.3f}")
-    if pace:
-        lines.append(f"run {run.run}: {', '.join(pace)}")
-    if run.unprotected_tensors:
-        lines.append(
-            f"{run.unprotected_tensors:,} trained tensors have a single owner: if that host is "
-            "lost, the run goes back to a checkpoint"
-        )
-    return lines
 
 
 def _print_training(run: TrainingStatus) -> None:

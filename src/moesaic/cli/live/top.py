@@ -17,7 +17,6 @@ from rich.text import Text
 from ...handle import Cluster, connect
 from ...proto.errors import ClusterError
 from ...session import find_session
-from ..status import training_lines
 from ..terminal import print_report, table, until_ctrl_c
 
 if TYPE_CHECKING:
@@ -113,6 +112,30 @@ def _balance(model: ModelActivity) -> str:
         f"{model.name}: {model.assignments_per_s:,.0f} assignments/s, balancedness "
         f"{model.balancedness.mean:.3f}, worst layer {model.balancedness.worst:.3f}"
     )
+
+
+def training_lines(run: TrainingStatus) -> list[str]:
+    """Say how far and how fast a run is, and what would be lost with a host."""
+    words = f"run {run.run} ({run.initiator}) trains {run.model}: version {run.version} after "
+    words += f"{run.steps:,} steps, for {run.age_s:,.0f} s"
+    if run.attempt:
+        words += f"; attempt {run.attempt} at the next by {run.workers:,} processes"
+    lines, pace = [words], list[str]()
+    if run.step_s is not None:
+        pace.append(f"{run.step_s:,.3g} s a step")
+    if run.tokens_per_s is not None:
+        pace.append(f"{run.tokens_per_s:,.0f} tokens/s")
+    if run.balancedness is not None:
+        mean, worst = run.balancedness.mean, run.balancedness.worst
+        pace.append(f"balancedness {mean:.3f}, worst layer {worst:.3f}")
+    if pace:
+        lines.append(f"run {run.run}: {', '.join(pace)}")
+    if run.unprotected_tensors:
+        lines.append(
+            f"{run.unprotected_tensors:,} trained tensors have a single owner: if that host is "
+            "lost, the run goes back to a checkpoint"
+        )
+    return lines
 
 
 def _hosts(hosts: list[HostActivity], run: TrainingStatus | None) -> Table:
