@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.placement import LayerPlacement, ModelShape, Replica
+from moesaic.cluster.planner.constraints import plan_report
 from moesaic.cluster.planner.plan import Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 from moesaic.cluster.planner.upkeep import ReplicaUpkeep
@@ -139,6 +140,17 @@ def test_bytes_are_those_of_a_step_with_one_replica_more() -> None:
         elsewhere, at_owner = replica_bytes(gradient=400, weights=200, redundancy=redundancy)
         assert elsewhere == more
         assert elsewhere - at_owner == 400 + 200
+
+
+def test_a_report_says_what_was_counted() -> None:
+    costs = upkeep(0.25)
+    found = plan_report(planned(HOT, 3), bytes_per_s=1.0, unprotected_now=0, upkeep=costs).upkeep
+    assert found is not None
+    assert (found.model, found.replica_bytes, found.replica_s, found.step_s) == (
+        *("m", 250_000),
+        *(0.25, 1.0),
+    )
+    assert plan_report(planned(HOT, 3), bytes_per_s=1.0, unprotected_now=0).upkeep is None
 
 
 def test_what_cannot_be_is_refused() -> None:
