@@ -120,6 +120,7 @@ def test_plans_count_what_a_run_tells_from_its_first_step_on() -> None:
     assert found.step_s == 2.0
     assert found.bytes_per_s == SHARED_BYTES_PER_S
     busy_EH = found.busy(LayerKey("m", 0), 3, ["h0", "h1"])
+    assert busy_EH is not None
     dear, cheap = 1000 / SHARED_BYTES_PER_S / 2, 400 / SHARED_BYTES_PER_S / 2
     assert np.allclose(busy_EH, [[cheap, dear], [dear, cheap], [dear, dear]], atol=0)
     assert found.busy(LayerKey("other", 0), 3, ["h0"]) is None
