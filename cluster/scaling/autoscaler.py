@@ -111,24 +111,16 @@ class BusyMeter:
         if self._since is not None and now - self._since < _WINDOW_S:
             return None
         before, since = self._before, self._since
-        busy_s = {
-            host: totals.get(host, HostTimes()).busy_s
-            + totals.get(host, HostTimes()).lent_s
-            + trained_s(host)
-            for host in totals.keys() | speeds.keys()
-        }
-        self._before = {
-            host: HostTimes(queued_s=times.queued_s, busy_s=busy, batch_s=times.batch_s)
-            for host, busy in busy_s.items()
-            for times in (totals.get(host, HostTimes()),)
-        }
+        # Of all hosts: one that leaves now may be kept before the next look.
+        hosts = totals.keys() | speeds.keys()
+        self._before = {host: _reading(totals, host, trained_s) for host in hosts}
         self._since = now
         if since is None or not speeds:
             return None
         work = queued_s = batch_s = 0.0
         for host, speed in speeds.items():
-            new, old = totals.get(host, HostTimes()), before.get(host, HostTimes())
-            host_busy_s = max(0.0, busy_s[host] - old.busy_s)
+            new, old = self._before[host], before.get(host, HostTimes())
+            host_busy_s = max(0.0, new.busy_s - old.busy_s)
             # A report may contain computations from before this window, hence the limit of 1.
             work += speed * min(1.0, host_busy_s / (now - since))
             # Waits are compared with whole batches: a call that waits for one batch like its own
@@ -136,6 +128,15 @@ class BusyMeter:
             batch_s += max(0.0, new.batch_s - old.batch_s)
             queued_s += max(0.0, new.queued_s - old.queued_s)
         return PoolLoad(work / sum(speeds.values()), queued_s / batch_s if batch_s else 0.0)
+
+
+def _reading(
+    totals: Mapping[str, HostTimes], host: str, trained_s: Callable[[str], float]
+) -> HostTimes:
+    """Return a host's sums, with all that it has worked for training runs in ``busy_s``."""
+    times = totals.get(host, HostTimes())
+    busy_s = times.busy_s + times.lent_s + trained_s(host)
+    return HostTimes(queued_s=times.queued_s, busy_s=busy_s, batch_s=times.batch_s)
 
 
 @dataclass(slots=True)
@@ -217,7 +218,9 @@ class Autoscaler:
         # Waiting calls ask for hosts only if hosts are not nearly idle; a few calls that happen to
         # collide on an idle pool are no reason to grow.
         queues = waiting > 1 and busy > self.policy.scale_down_below
-        hot = self._up.lasts(busy >= self.policy.scale_up_above or queues, now, step_s)
+        # Calls that wait may be those of others than the run, which does not excuse them.
+        queued = self._waits.lasts(queues, now)
+        hot = self._up.lasts(busy >= self.policy.scale_up_above or queues, now, step_s) or queued
         idle = self._down.lasts(
             calm <= self.policy.scale_down_below and not queues, now, _IDLE_STEPS * step_s
         )

@@ -122,6 +122,14 @@ def test_a_run_that_lasts_for_as_long_as_its_steps_is_all_that_is_waited_for() -
     assert decided[0] == 60
 
 
+def test_calls_that_wait_are_helped_within_a_step() -> None:
+    scaler = Autoscaler(SCALE)
+    groups = [GroupState(min_count=1, max_count=4, cost_per_hour=1, speed=1, up=2)]
+    load = PoolLoad(0.5, 3.0)
+    decided = [now for now in range(100) if scaler.decide(groups, load, float(now), step_s=90.0)]
+    assert decided[0] == SCALE.up_after_s
+
+
 def test_hosts_stay_whose_owned_tensors_the_others_have_no_memory_for() -> None:
     trained = pool(2, min_count=1)
     trained.step_s = 1.0
