@@ -20,8 +20,8 @@ from ..cluster.reports.status import (
 )
 from ..connecting import running_cluster
 from ..handle import connect
-from .terminal import table
 from .live.top import training_lines
+from .terminal import table
 
 out = Console(highlight=False)
 

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from moesaic.bench import LoadResult, Percentiles
-from moesaic.cli import bench, operate, simulate, status, top, watch
+from moesaic.cli import bench, operate, simulate, status, watch
+from moesaic.cli.live import top
 from moesaic.cli.terminal import number
 from moesaic.cluster.reports.activity import AssignmentRates, ExpertReport, ReplicaReport
 from moesaic.cluster.reports.placing import ChangePhase, PlanReport, UpkeepReport
