@@ -454,8 +454,9 @@ class Controller:
             entry=report.entry,
             holdings=without(self._reshaping.own_holdings(host, report), forgetting),
             loading=report.loading > 0 or self._orders.moves_experts(host),
-            work=Work(report.loop.batches, report.loop.assignments, report.loop.busy_s),
+            work=Work(*report.work),
             device_bytes=None if report.card is None else report.card.room_bytes,
+            free_bytes=report.free_bytes,
             run=report.run,
             owned=report.owned,
         )

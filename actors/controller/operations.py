@@ -62,6 +62,7 @@ class Operations:
             await asyncio.to_thread(asked.run),
             bytes_per_s=self._control.policy.bytes_per_s,
             unprotected_now=len(self._control.unprotected()),
+            upkeep=asked.upkeep,
         )
 
     async def rebalance(self, budget: int | str | None, who: str) -> ChangeReport:
@@ -142,8 +143,10 @@ class Operations:
         )
 
     async def drain(self, host: str, who: str) -> ChangeReport:
-        view = self._control.view
+        control, view = self._control, self._control.view
         hosts = view.hosts.keys() - view.retiring
+        if lack := control.members.training_shortage(control.training, [self._host(host)]):
+            raise ClusterError(f"host: {host} cannot be drained: {lack}")
         return await self._constrain(
             lambda constraints: with_drain(constraints, self._host(host), hosts),
             who,

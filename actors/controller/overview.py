@@ -170,7 +170,7 @@ class Overview:
             unprotected_experts=len(control.unprotected()),
             nodes=_nodes(self.hosts.reports),
             cards=_cards(self.hosts.reports),
-            training=self.training.status(),
+            training=self.training.status(self.watchdog.balancedness),
         )
 
     def top(self, count: int) -> Activity:
@@ -201,6 +201,7 @@ class Overview:
             ],
             hosts=[self._host_activity(host) for host in control.view.hosts],
             hottest_experts=hottest(rates, layers, count),
+            training=self.training.status(self.watchdog.balancedness),
         )
 
     def experts(self, model: str | None, layer: int | None, hot: int | None) -> list[ExpertReport]:

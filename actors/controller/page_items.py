@@ -136,7 +136,7 @@ class PageItems:
                 "problem": scaling.problem,
             },
         )
-        training = overview.training.status()
+        training = overview.training.status(overview.watchdog.balancedness)
         if training is None:
             store.put("training", None)
         else:

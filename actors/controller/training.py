@@ -10,6 +10,7 @@ from ...cluster.control.control import Control
 from ...cluster.expert_keys import FIRST_VERSION, ExpertVersion
 from ...cluster.placement import ModelRef, ModelShape, PlacementId
 from ...cluster.planner.constraints import check_model
+from ...cluster.reports.report import Balancedness
 from ...cluster.reports.status import TrainingStatus
 from ...cluster.training.runs import (
     RUN_LEASE_S,
@@ -17,7 +18,6 @@ from ...cluster.training.runs import (
     LivingRun,
     NewsRequest,
     Publication,
-    RunProgress,
     TrainingNews,
     TrainingRequest,
 )
@@ -59,7 +59,6 @@ class Training:
         self._unix_clock = unix_clock
         self._stored = control.training.snapshot()
         self._ticked = asyncio.Event()
-        self._progress = RunProgress()  # of the run that lives
 
     async def begin(self, asked: TrainingRequest) -> BegunTraining:
         """Begin to train a model; one that is asleep wakes up first.
@@ -111,7 +110,6 @@ class Training:
 
     def _begun(self, run: LivingRun, since: int | None) -> BegunTraining:
         control = self._control
-        self._progress = RunProgress()
         return BegunTraining(
             run=run.run,
             first=run.first,
@@ -125,8 +123,7 @@ class Training:
     def news(self, asked: NewsRequest) -> TrainingNews:
         """Renew a run's lease, and return what it has to know of the pool."""
         control = self._control
-        alive = control.training.renew(asked.run, self._clock())
-        self._progress = asked.tells or self._progress
+        alive = control.training.renew(asked.run, self._clock(), asked.tells)
         if asked.skip is not None:
             control.training.skip(asked.run, asked.skip)
             self._keep()
@@ -192,11 +189,13 @@ class Training:
         self._ticked.set()
         self._ticked = asyncio.Event()
 
-    def status(self) -> TrainingStatus | None:
-        """Return what `status` shows of the run that lives."""
+    def status(self, balancedness: Mapping[str, Balancedness]) -> TrainingStatus | None:
+        """Return what `status` shows of the run that lives; ``balancedness`` is that of models."""
         alive, seen = self._control.training.alive, self._control.view.observations
         if alive is None:
             return None
+        told = self._control.training.told
+        owned = {} if told.parts is None else told.parts.owned
         return TrainingStatus(
             run=alive.run,
             model=alive.model,
@@ -204,10 +203,14 @@ class Training:
             age_s=round(max(0.0, self._unix_clock() - alive.began_at), 1),
             version=self._control.view.versions.models.get(alive.model, FIRST_VERSION),
             steps=alive.steps,
-            attempt=self._progress.attempt,
-            workers=self._progress.workers,
-            unprotected_tensors=self._progress.unprotected,
+            attempt=told.attempt,
+            workers=told.workers,
+            unprotected_tensors=told.unprotected,
             owned_tensors={host: one.owned for host, one in sorted(seen.items()) if one.owned},
+            owned_bytes={host: one.nbytes for host, one in owned.items()},
+            step_s=None if told.step_s is None else round(told.step_s, 3),
+            tokens_per_s=None if told.tokens_per_s is None else round(told.tokens_per_s, 1),
+            balancedness=balancedness.get(alive.model),
         )
 
     def _is_over(self, asked: Publication) -> bool:

@@ -36,7 +36,7 @@ class Device:
         self._clock = clock
         self._calls = self._rows = self._assignments = self._batches = self._overruns = 0
         self._received_bytes = self._sent_bytes = 0
-        self._busy_s = self._worst_overrun_s = self._late_s = 0.0
+        self._busy_s = self._backward_s = self._worst_overrun_s = self._late_s = 0.0
 
     def emulate(self, emulation: Emulation | None) -> None:
         """Emulate another device from the next batch on."""
@@ -45,7 +45,8 @@ class Device:
     def finish(self, batch: Sequence[QueuedCall], began: float) -> float:
         """Count a computed batch that began at ``began``, and return its seconds on the device.
 
-        With an emulated device, this sleeps until those seconds are over.
+        With an emulated device, this sleeps until those seconds are over. A backward call goes on
+        after its answer (`add_up`).
         """
         busy_s = self._clock() - began
         if self._emulation is not None:
@@ -55,7 +56,15 @@ class Device:
         self._rows += sum(queued.rows for queued in batch)
         self._assignments += sum(int((queued.ids >= 0).sum()) for queued in batch)
         self._busy_s += busy_s
+        if batch[0].backward:
+            self._backward_s += busy_s
         return busy_s
+
+    def add_up(self, work: Callable[[], None]) -> None:
+        """Do the rest of a backward call, and count its time."""
+        began = self._clock()
+        work()
+        self._backward_s += self._clock() - began
 
     def answers(self, layout: CallLayout) -> None:
         """Count the tensors of a call whose answer is about to be sent."""
@@ -71,6 +80,7 @@ class Device:
             refused=refused,
             queued_rows=queued_rows,
             busy_s=self._busy_s,
+            backward_s=self._backward_s,
             routers=routers,
             received_bytes=self._received_bytes,
             sent_bytes=self._sent_bytes,

@@ -163,6 +163,11 @@ class HostGradients:
         found, finite = self._device.answer(layer, pending, buffer)
         return partial(self._sums.add, key, layer.slots, found), finite
 
+    @property
+    def owes(self) -> bool:
+        """Whether there is something to `add_up`."""
+        return self._pending is not None
+
     def add_up(self) -> None:
         """Add up the gradients of the experts that the last call used, unless they were already."""
         if self._pending is None:

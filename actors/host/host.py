@@ -329,6 +329,7 @@ class ExpertHost:
             card=None if self._card is None else self._card.report(),
             loop=self._loop.stats(),
             owned=self.training.owned,
+            owner_s=self.training.owner_s,
         )
 
     def check_health(self) -> None:

@@ -386,7 +386,8 @@ class HostLoop:
         parts = split_batch_time(batch_us, batch)
         for queued, pending, answer, busy_us in zip(batch, pendings, answers, parts, strict=True):
             self._reply(queued, pending, answer, now - pending.arrived, busy_us, batch_us)
-        self.gradients.add_up()  # now that the trunk has its answer
+        if self.gradients.owes:  # now that the trunk has its answer
+            self._device.add_up(self.gradients.add_up)
 
     def _log_batch(self, batch: list[QueuedCall], batch_us: int, now: float) -> None:
         slow = batch_us > SLOW_BATCH_S * 1e6

@@ -20,6 +20,7 @@ class LoopStats:
     queued_rows: int
     busy_s: float
     routers: int
+    backward_s: float = 0.0  # of backward calls, with what is added up after their answers
     received_bytes: int = 0  # of the tensors of calls
     sent_bytes: int = 0
     # For an emulated device: batches whose arithmetic took longer than the emulated time, the
@@ -67,6 +68,22 @@ class HostReport:
     card: CardReport | None = None  # None: it computes on the CPU
     run: int = 0  # the training run that it knows; 0: none
     owned: int = 0  # keys that it owns for that run
+    owner_s: float = 0.0  # in which it has summed up and applied gradients of what it owns
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What is free where its experts lie, as far as it may take that; None: unknown."""
+        if self.card is None:
+            return self.machine_bytes[1] if self.machine_bytes[0] else None
+        limit = self.card.limit_bytes
+        left = self.card.free_bytes if limit is None else limit - self.card.used_bytes
+        return max(0, min(left, self.card.free_bytes))
+
+    @property
+    def work(self) -> tuple[int, int, float, float, float]:
+        """What its device has done, as `cluster.control.host_speed.Work` names it."""
+        loop = self.loop
+        return loop.batches, loop.assignments, loop.busy_s, loop.backward_s, self.owner_s
 
     def process(self) -> HostProcess:
         """Return what `status` shows of the host's process."""

@@ -102,6 +102,7 @@ class HostTraining:
         self._served = served
         self._on_loop = on_loop
         self._links = links
+        self.owner_s = 0.0  # in which it has summed up and applied gradients of what it owns
         self._ordering = threading.Lock()
         self._newest: RunId | None = None
         self._run: RunTensors | None = None  # of the newest run, while it is open
@@ -271,7 +272,7 @@ class HostTraining:
             if sources is not None and len(set(sources)) < len(sources):
                 raise BadInput(f"{key}: a source is named twice: {sources}")
         lacking = [key for key in order.sources if not run.is_prepared(key)]
-        with _fetching(self._host) as pool:
+        with self._owning(), _fetching(self._host) as pool:
             sums = pool.map(lambda key: self._sum(run, order, key), lacking)
             squares = {
                 key: run.prepare(order.attempt, key, summed)
@@ -300,8 +301,18 @@ class HostTraining:
         return sums
 
     def _commit(self, run: RunTensors, order: Commit) -> None:
-        run.commit(order)
+        with self._owning():
+            run.commit(order)
         self._serve_owned(run, order.version)
+
+    @contextmanager
+    def _owning(self) -> Iterator[None]:
+        """Count the time that an owner's work takes."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.owner_s += time.monotonic() - began
 
     def _serve_owned(self, run: RunTensors, version: int) -> None:
         """Serve the owned experts that are served here as ``version``, too."""

@@ -186,6 +186,16 @@ class WholeCalls:
         with self._lock:
             return self._lent.reach(key, self._dispatcher.placement)
 
+    def learned(self, reach: LayerReach, began: float) -> None:
+        """Count the time since ``began`` as that of a training call with what hosts have lent."""
+        with self._lock:
+            hosts = [host for host in reach.hosts if host]
+            self._dispatcher.meter.lent(hosts, self._clock() - began)
+        self._stirred.set()
+
+    def now(self) -> float:
+        return self._clock()
+
     def elements(self, model: str) -> int:
         """Return how many numbers all experts of a model have; 0 if nothing of it is lent."""
         with self._lock:

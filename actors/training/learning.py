@@ -69,7 +69,7 @@ class Learning:
         self._microbatch = 0
         # The next part's number by layer and microbatch; a layer may be called more than once.
         self._parts: Counter[tuple[int, int]] = Counter()
-        self._layers: set[int] = set()
+        self._tokens = Counter[int]()  # whose gradients were added up, by layer
         self._assignments: dict[int, Tensor] = {}  # int64, up to the largest id that was chosen
         self._lent = LentLayers(router, model, dtype, sums_limit_bytes)
         self._broken: str | None = None  # why gradients of the attempt may be missing
@@ -83,7 +83,7 @@ class Learning:
         self._attempt = attempt
         self._microbatch = 0
         self._parts.clear()
-        self._layers.clear()
+        self._tokens.clear()
         self._assignments.clear()
         self._lent.clear()
         self._broken = None
@@ -100,7 +100,12 @@ class Learning:
     @property
     def layers(self) -> frozenset[int]:
         """The layers whose gradients were added up in the attempt under way, or the last one."""
-        return frozenset(self._layers)
+        return frozenset(self._tokens)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of that attempt, as the layer counts them that had most."""
+        return max(self._tokens.values(), default=0)
 
     def assignments(self, layer: int, experts: int) -> list[float]:
         """Return how many rows each of a layer's experts had, in all backward calls of the attempt.
@@ -183,7 +188,7 @@ class Learning:
         if call.attempt != self._attempt:
             raise StepLost(f"the forward pass belongs to {call.attempt}, which is over")
         given = x_TH, ids_TK, weights_TK, grad_y_TH
-        self._layers.add(key.layer)
+        self._tokens[key.layer] += len(x_TH)
         try:
             found = None if call.sent else self._lent.backward(key, call.kept, *given)
             if found is None:

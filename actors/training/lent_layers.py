@@ -65,11 +65,12 @@ class LentLayers:
         if not self._may_compute():
             return None
         kept: list[KeptForward] = []
+        calls = self._router.whole_calls
 
         def compute(
             reach: LayerReach, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
         ) -> Tensor | None:
-            layer = _plain(reach)
+            layer, began = _plain(reach), calls.now()
             if layer is None:
                 return None
             sum_TH = torch.empty(x_TH.shape, dtype=self._wide)
@@ -81,6 +82,7 @@ class LentLayers:
             if not all_finite(out_TH) or not reach.unchanged():
                 return None
             kept.append(KeptForward(reach, rows))
+            calls.learned(reach, began)
             return out_TH
 
         out_TH = self._router.compute_all(key, x_TH, ids_TK, weights_TK, compute)
@@ -102,7 +104,9 @@ class LentLayers:
         """
         if kept is None and not self._may_compute():
             return None
-        reach = self._router.whole_calls.reach(key) if kept is None else kept.reach
+        calls = self._router.whole_calls
+        began = calls.now()
+        reach = calls.reach(key) if kept is None else kept.reach
         layer = None if reach is None else _plain(reach)
         if reach is None or layer is None or not reach.unchanged():
             return None
@@ -123,6 +127,7 @@ class LentLayers:
             if not finite or not reach.unchanged():
                 return None
             pending.accumulate(self._sums, key.expert, key.expert(SHARED))
+        calls.learned(reach, began)
         return grad_x_TH.to(x_TH), grad_weights_TK.to(weights_TK)
 
     def use(self, memory: SumMemory | None) -> None:

@@ -41,7 +41,7 @@ from ...proto.errors import (
 )
 from ..transport.bulk.links import BulkLinks
 from .giving import GivenGradients
-from .lead.coordination import Coordination, ExpertSums, TrunkSums, Where
+from .lead.coordination import Coordination, ExpertSums, Learned, TrunkSums, Where
 from .lead.driver import PUBLISH_S, finish
 from .learning import Learning
 from .saving import LoadedRun, SavedRun, shard_bytes
@@ -387,7 +387,8 @@ class PoolRun:
             }
             self._where = self._lead.where(self._worker, attempt)
             finish(self._give(own))
-            found = self._lead.reduce_experts(self._worker, attempt, layers, frozenset(own))
+            learned = Learned(layers, learning.tokens)
+            found = self._lead.reduce_experts(self._worker, attempt, learned, frozenset(own))
         self._learned, self._sums = layers, found
         return found
 

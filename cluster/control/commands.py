@@ -15,6 +15,7 @@ from ..placement import LayerPlacement, ModelShape, Placement
 from ..planner.capacity import keep_unplaced_on_leaving
 from ..planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from ..planner.planner import plan
+from ..planner.upkeep import ReplicaUpkeep
 from .loading import LoadExperts
 
 
@@ -54,6 +55,7 @@ class MakePlan:
     key: object  # hosts, models and constraints that it is for; if they change, the plan is void
     version: int  # the target that it starts from; if that changes, the plan is void
     balance: bool  # whether the plan is adopted only if it gains balance
+    upkeep: ReplicaUpkeep | None = None  # of the model that a run trains; None: there is no run
 
     def run(self) -> Plan:
         """Run the planner; experts without room elsewhere stay on leaving hosts."""
@@ -64,6 +66,7 @@ class MakePlan:
             loads=self.loads,
             policy=self.policy,
             constraints=self.constraints,
+            upkeep=self.upkeep,
         )
         return keep_unplaced_on_leaving(
             found,

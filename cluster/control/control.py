@@ -17,7 +17,6 @@ shell around it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,15 +37,13 @@ from .host_speed import SILENT, with_speed_factors
 from .idle_models import IdleModels
 from .loading import Loader
 from .membership import Membership
-from .policy import ControlPolicy, RebalanceTimer
+from .policy import ControlPolicy, RebalanceTimer, filling, training_upkeep
 from .pool_view import Observation, PoolView
 from .publishing import Publisher
 from .target import Target
 
 # A plan without moves is adopted for its shares if the balancedness of a layer grows by this much.
 _WORTH = 0.02
-# The planner's horizon for filling a new host: the host will stay, so all its loads pay.
-_FOR_GOOD_S = 1e9
 # A host that lacks a larger fraction of its wanted experts gets next to no traffic yet.
 _LOADING = 0.5
 
@@ -383,7 +380,7 @@ class Control:
             return  # the next tick asks again
         if asked.balance:
             gain = max((found.after[k] - found.before[k] for k in found.after), default=0.0)
-            if found.moves or gain > _WORTH:
+            if found.moves or found.drops or gain > _WORTH:
                 self.apply(found, now, who="balancer", why="load")
         elif self.settled and found.moves:
             self.apply(found, now, who="controller", why="hosts, models or constraints")
@@ -408,7 +405,8 @@ class Control:
         gives so many new, empty hosts their part of the replicas, whether the moves pay or not.
         """
         self.planned_at = now
-        rate = self.loads.assignments_per_busy_s()
+        backward_s = sum(self.view.training_times.backward_s.values())
+        rate = self.loads.assignments_per_busy_s(backward_s)
         hosts = with_default_slots(
             [self.view.hosts[name] for name in sorted(self.view.usable(now))],
             self.models.values(),
@@ -425,13 +423,8 @@ class Control:
             loading_bytes_per_s=self.policy.bytes_per_s,
         )
         if fill:
-            # One idle host among many lowers the balancedness by only 1 / hosts, which the usual
-            # aim tolerates. A quarter of that makes the planner fill it.
-            even = max(policy.target, 1 - 0.25 / len(hosts))
-            part = math.ceil(self.target.replicas() / len(hosts)) * fill
-            policy = replace(
-                policy, budget=part, rebalance_below=even, target=even, horizon_s=_FOR_GOOD_S
-            )
+            policy = filling(policy, fill, hosts=len(hosts), replicas=self.target.replicas())
+        hosts = self.members.with_training_room(hosts, self.training, self.models)
         return MakePlan(
             models=self._awake(),
             hosts=[
@@ -447,6 +440,9 @@ class Control:
             key=self._key(now),
             version=self.target.version,
             balance=budget is None,
+            upkeep=training_upkeep(
+                self.training, {seen.entry.node for seen in self.view.observations.values()}
+            ),
         )
 
     def apply(self, found: Plan, now: float, *, who: str, why: str) -> Change:

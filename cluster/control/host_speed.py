@@ -34,6 +34,8 @@ class Work:
     batches: int
     assignments: int
     busy_s: float
+    backward_s: float = 0.0  # of backward calls, with what is added up after their answers
+    owner_s: float = 0.0  # of summing up and applying gradients of what it owns
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from ..placement import ModelShape
 from ..planner.constraints import without_host
 from ..planner.plan import OperatorConstraints, PoolHost
-from ..training.runs import LivingRun
+from ..training.room import TrainingHost, replicas_with_room, shortage_without
+from ..training.runs import LivingRun, TrainingRuns
 from .loading import Loader
 from .pool_view import PoolView
 from .publishing import Publisher
@@ -81,6 +83,56 @@ class Membership:
                     f"no other host has room for {len(stuck)} of its experts ({size / 1e6:,.1f} MB)"
                 )
         return words
+
+    def training_shortage(self, training: TrainingRuns, more: Collection[str]) -> str:
+        """Return why a run that lives would lack what it needs without ``more`` hosts; else empty.
+
+        Hosts that are leaving go, too. Nothing is known of a run before it has told of itself.
+        """
+        parts, view = training.told.parts, self._view
+        leaving = {*self.leaving, *more}
+        if training.alive is None or parts is None:
+            return ""
+        replicas = sum(
+            1
+            for host in leaving & view.observations.keys()
+            for key in view.observations[host].experts()
+            if key.model == training.alive.model
+        )
+        return shortage_without(parts, leaving, replicas, self._training_hosts(leaving))
+
+    def with_training_room(
+        self, hosts: Sequence[PoolHost], training: TrainingRuns, models: Mapping[str, ModelShape]
+    ) -> list[PoolHost]:
+        """Return the hosts with no more room than a run leaves of their machines' free memory.
+
+        A replica of an expert that is trained takes much more than its weights.
+        """
+        run, parts = training.alive, training.told.parts
+        if run is None or parts is None or run.model not in models:
+            return list(hosts)
+        room = replicas_with_room(parts, self._training_hosts(self.leaving))
+        expert_bytes = models[run.model].expert_bytes
+
+        def limited(host: PoolHost) -> PoolHost:
+            if host.name not in room:
+                return host
+            wanted = self._target.wanted(host.name)
+            limit = sum(models[key.model].expert_bytes for key in wanted if key.model in models)
+            limit += room[host.name] * expert_bytes
+            known = host.memory_bytes
+            return replace(host, memory_bytes=limit if known is None else min(known, limit))
+
+        return [limited(host) for host in hosts]
+
+    def _training_hosts(self, leaving: Collection[str]) -> dict[str, TrainingHost]:
+        """Return the hosts that stay without ``leaving``, and the memory of their machines."""
+        hosts, seen = self._view.hosts, self._view.observations
+        return {
+            name: TrainingHost(one.entry.node, hosts[name].domain or name, one.free_bytes)
+            for name, one in seen.items()
+            if name not in leaving
+        }
 
     def owners(self, run: LivingRun | None) -> dict[str, str]:
         """Return the leaving hosts that own tensors of the run that lives, with that as text."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..placement import ModelShape
 from ..planner.plan import PlannerPolicy
+from ..planner.upkeep import ReplicaUpkeep
+from ..training.runs import TrainingRuns
+from ..training.step_bytes import GRPC_BYTES_PER_S, SHARED_BYTES_PER_S, replica_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,47 @@ def moves_of(budget_bytes: int, models: Sequence[ModelShape]) -> int:
     """
     largest = max((shape.expert_bytes for shape in models), default=0)
     return max(1, budget_bytes // max(1, largest))
+
+
+def training_upkeep(training: TrainingRuns, nodes: Collection[str]) -> ReplicaUpkeep | None:
+    """Return what replicas of the model that is trained cost; None if no run has done a step.
+
+    ``nodes`` are the machines of the hosts.
+    """
+    run, told = training.alive, training.told
+    if run is None or told.parts is None or not told.step_s:
+        return None
+    elsewhere_bytes, at_owner_bytes = replica_bytes(
+        gradient=told.parts.largest.gradient,
+        weights=told.parts.largest.version,
+        redundancy=told.parts.redundancy,
+    )
+    return ReplicaUpkeep(
+        model=run.model,
+        owners=told.parts.owners,
+        elsewhere_bytes=elsewhere_bytes,
+        at_owner_bytes=at_owner_bytes,
+        bytes_per_s=SHARED_BYTES_PER_S if len(nodes) == 1 else GRPC_BYTES_PER_S,
+        step_s=told.step_s,
+    )
+
+
+# The planner's horizon for filling a new host: the host will stay, so all its loads pay.
+_FOR_GOOD_S = 1e9
+
+
+def filling(policy: PlannerPolicy, fill: int, *, hosts: int, replicas: int) -> PlannerPolicy:
+    """Return the policy of a plan that gives ``fill`` empty hosts their part of the replicas."""
+    # One idle host among many lowers the balancedness by only 1 / hosts, which the usual aim
+    # tolerates. A quarter of that makes the planner fill it.
+    even = max(policy.target, 1 - 0.25 / hosts)
+    return replace(
+        policy,
+        budget=math.ceil(replicas / hosts) * fill,
+        rebalance_below=even,
+        target=even,
+        horizon_s=_FOR_GOOD_S,
+    )
 
 
 # The balancer looks this long after a shift of the traffic, so that the rates reflect it.

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
+from ..load.training_times import TrainingTimes
 from ..placement import HostEntry, LayerPlacement, ModelShape, Replica
 from ..planner.plan import PoolHost
 from ..versions import VERSIONS_AT_ONCE, WeightVersions
@@ -24,6 +25,8 @@ class Observation:
     device_bytes: int | None = None  # what its device has for experts; None: unknown
     run: int = 0  # the training run that it knows; 0: none
     owned: int = 0  # keys that it owns for that run
+    # What is free of its machine's memory, or of its GPU's that it may take; None: unknown.
+    free_bytes: int | None = field(default=None, compare=False)
 
     @property
     def bare(self) -> bool:
@@ -78,6 +81,7 @@ class PoolView:
         # The speed factor of each slow or silent host.
         self.speed_factors: dict[str, float] = {}
         self._host_speeds = HostSpeeds()
+        self.training_times = TrainingTimes()
         self.host_timeout_s = host_timeout_s
         self._away_since: dict[str, float] = {}
         self._arrived: set[str] = set()
@@ -112,6 +116,7 @@ class PoolView:
         self._gone_since.pop(host, None)
         self._gone_until.pop(host, None)
         self._host_speeds.forget(host)
+        self.training_times.forget(host)
         self.version += 1
 
     def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
@@ -141,6 +146,8 @@ class PoolView:
                 if observation.work is not None:
                     incarnation = observation.entry.incarnation
                     self._host_speeds.note(host, incarnation, observation.work, now)
+                    work = observation.work
+                    self.training_times.note(host, incarnation, work.backward_s, work.owner_s)
         for host in [h for h in self.retiring & self.observations.keys() if self._is_lost(h)]:
             self._lost[host] = self.observations.pop(host)
             self.version += 1

@@ -8,7 +8,7 @@ Shape suffixes: E = experts of a layer, N = assignments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,7 @@ class HostTimes:
     queued_s: float = 0.0
     busy_s: float = 0.0  # each call's part of the time of its batch
     batch_s: float = 0.0  # the whole time of each call's batch, added once for each call
+    lent_s: float = 0.0  # in which trunks have computed calls of training with its memory
 
     def add(self, other: HostTimes) -> None:
         self.calls += other.calls
@@ -34,6 +35,7 @@ class HostTimes:
         self.queued_s += other.queued_s
         self.busy_s += other.busy_s
         self.batch_s += other.batch_s
+        self.lent_s += other.lent_s
 
     def since(self, before: HostTimes | None) -> HostTimes:
         """Return the difference to an earlier reading; None stands for zeros."""
@@ -44,6 +46,7 @@ class HostTimes:
             queued_s=self.queued_s - was.queued_s,
             busy_s=self.busy_s - was.busy_s,
             batch_s=self.batch_s - was.batch_s,
+            lent_s=self.lent_s - was.lent_s,
         )
 
     def part(self, n: int, parts: int) -> HostTimes:
@@ -54,6 +57,7 @@ class HostTimes:
             queued_s=self.queued_s / parts,
             busy_s=self.busy_s / parts,
             batch_s=self.batch_s / parts,
+            lent_s=self.lent_s / parts,
         )
 
 
@@ -106,14 +110,26 @@ class LoadMeter:
     def answered(
         self, host: str, assignments: int, queued_us: int, busy_us: int, batch_us: int
     ) -> None:
-        times = self._hosts.get(host)
-        if times is None:
-            times = self._hosts[host] = HostTimes()
+        times = self._of(host)
         times.calls += 1
         times.assignments += assignments
         times.queued_s += queued_us * 1e-6
         times.busy_s += busy_us * 1e-6
         times.batch_s += batch_us * 1e-6
+
+    def lent(self, hosts: Collection[str], seconds: float) -> None:
+        """Count a training call that the router computed with the memory of ``hosts``.
+
+        Each gets an even part of the time: what it would have to compute otherwise.
+        """
+        for host in hosts:
+            self._of(host).lent_s += seconds / len(hosts)
+
+    def _of(self, host: str) -> HostTimes:
+        times = self._hosts.get(host)
+        if times is None:
+            times = self._hosts[host] = HostTimes()
+        return times
 
     def take(
         self,

@@ -138,8 +138,11 @@ class LoadTracker:
             for key, rates in self._rates.items()
         }
 
-    def assignments_per_busy_s(self) -> float | None:
-        """Return assignments per second of computing, the mean of all hosts; None if unknown."""
-        busy_s = sum(times.busy_s for times in self.hosts.values())
+    def assignments_per_busy_s(self, backward_s: float = 0.0) -> float | None:
+        """Return assignments per second of computing, the mean of all hosts; None if unknown.
+
+        ``backward_s`` is how long the backward halves of these assignments took.
+        """
+        busy_s = sum(times.busy_s for times in self.hosts.values()) + backward_s
         assignments = sum(times.assignments for times in self.hosts.values())
         return assignments / busy_s if busy_s > 0 and assignments else None

@@ -107,6 +107,7 @@ def _hosts(found: Families, snapshot: MetricsSnapshot) -> None:
         if status.training is not None:
             owned = status.training.owned_tensors.get(name, 0)
             found.add("host_owned_tensors", owned, host=name)
+            found.add("host_owned_bytes", status.training.owned_bytes.get(name), host=name)
         _host_process(found, host)
 
 
@@ -196,3 +197,8 @@ def _training(found: Families, status: ClusterStatus) -> None:
         found.add("training_workers", training.workers, model=training.model)
         unprotected = training.unprotected_tensors
         found.add("training_unprotected_tensors", unprotected, model=training.model)
+        if training.step_s is not None:
+            found.add("training_step_seconds", training.step_s, model=training.model)
+        if training.tokens_per_s is not None:
+            rate = training.tokens_per_s
+            found.add("training_tokens_per_second", rate, model=training.model)

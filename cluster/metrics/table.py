@@ -164,6 +164,8 @@ moesaic_host_lending_routers | host | routers
     routers that compute with the host's memory instead of sending it calls
 moesaic_host_owned_tensors | host | tensors
     experts and blocks of a trunk that the host owns for the training run; absent without one
+moesaic_host_owned_bytes | host | bytes
+    size of their masters, optimizer's state, and gradients in a step
 moesaic_node_memory_bytes | node | bytes
     memory that a machine with hosts, or its container, may use, with swap
 moesaic_node_free_memory_bytes | node | bytes
@@ -240,6 +242,10 @@ moesaic_training_workers | model | processes
     processes that compute the step
 moesaic_training_unprotected_tensors | model | tensors
     experts and blocks of the trunk with a single owner, whose loss takes the run to a checkpoint
+moesaic_training_step_seconds | model | seconds
+    how long a step takes, the mean of the last ones; absent before the first one is done
+moesaic_training_tokens_per_second | model | tokens per second
+    tokens that these steps have learned from
 moesaic_engine_healthy | model | 0 or 1
     1 if the model's trunk answers and its engine runs, or will start with the next request
 moesaic_engine_running_requests | model | requests

@@ -11,6 +11,7 @@ from ..placement import ModelShape
 from ..reports.placing import LayerPlan, MoveKind, PlannedDrop, PlannedMove, PlanReport
 from ..reports.report import ExpertId, balancedness_of
 from .plan import OperatorConstraints, Plan
+from .upkeep import ReplicaUpkeep
 
 
 def check_model(models: Mapping[str, ModelShape], model: str) -> ModelShape:
@@ -121,7 +122,9 @@ def unmet_constraints(plan: Plan, constraints: OperatorConstraints, key: ExpertK
     return found
 
 
-def plan_report(plan: Plan, *, bytes_per_s: float, unprotected_now: int) -> PlanReport:
+def plan_report(
+    plan: Plan, *, bytes_per_s: float, unprotected_now: int, upkeep: ReplicaUpkeep | None = None
+) -> PlanReport:
     """Return the report on a plan; ``bytes_per_s`` is how fast one host loads."""
     per_host: dict[str, int] = defaultdict(int)
     for move in plan.moves:
@@ -156,6 +159,7 @@ def plan_report(plan: Plan, *, bytes_per_s: float, unprotected_now: int) -> Plan
         unprotected_experts_after=_alone(plan),
         unplaced_experts=[_id(key) for key in plan.unplaced],
         lacking_bytes=plan.lacking_bytes,
+        upkeep=None if upkeep is None else upkeep.report(),
     )
 
 

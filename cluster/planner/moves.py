@@ -39,10 +39,16 @@ class Step:
     adds: tuple[tuple[int, int], ...]
     drops: tuple[tuple[int, int], ...] = ()
     gain: float = 0.0  # the excess that it removes: first an estimate, then exact
+    upkeep: float = 0.0  # what its replicas cost more than those that it drops, as load
 
     @property
-    def gain_per_add(self) -> float:
-        return self.gain / len(self.adds)
+    def net(self) -> float:
+        """What it gains beyond the upkeep of its replicas."""
+        return self.gain - self.upkeep
+
+    @property
+    def net_per_add(self) -> float:
+        return self.net / len(self.adds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +108,7 @@ def together(ranked: list[Step], most_adds: int) -> Step | None:
     drops: list[tuple[int, int]] = []
     experts: set[int] = set()
     hosts: set[int] = set()
-    gain, count = 0.0, 0
+    gain, upkeep, count = 0.0, 0.0, 0
     for step in ranked:
         touched = step.adds + step.drops
         if (
@@ -116,5 +122,6 @@ def together(ranked: list[Step], most_adds: int) -> Step | None:
         adds += step.adds
         drops += step.drops
         gain += step.gain
+        upkeep += step.upkeep
         count += 1
-    return Step(tuple(adds), tuple(drops), gain) if count > 1 else None
+    return Step(tuple(adds), tuple(drops), gain, upkeep) if count > 1 else None

@@ -16,6 +16,7 @@ from .consolidation import consolidate, consolidation_level
 from .moves import FreeCapacity, LayerConstraints, Step
 from .plan import Move, OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from .search import LayerSearch
+from .upkeep import ReplicaUpkeep
 
 UNLIMITED = np.iinfo(np.int64).max // 4
 
@@ -37,6 +38,7 @@ class PlanBuilder:
         loads: Mapping[LayerKey, np.ndarray],
         policy: PlannerPolicy,
         constraints: OperatorConstraints,
+        upkeep: ReplicaUpkeep | None = None,
     ) -> None:
         self.hosts = [host for host in hosts if host.name not in constraints.leaving]
         if not self.hosts:
@@ -47,6 +49,7 @@ class PlanBuilder:
         self.current = current
         self.policy = policy
         self.constraints = constraints
+        self.upkeep = upkeep
         self.free = FreeCapacity(
             np.array([UNLIMITED if h.slots is None else h.slots for h in self.hosts]),
             np.array([UNLIMITED if h.room_bytes is None else h.room_bytes for h in self.hosts]),
@@ -120,7 +123,15 @@ class PlanBuilder:
                 pinned_EH=pinned_EH,
             ),
             least=0.0 if known is None else self.consolidation_level,
+            upkeep_EH=None if known is None else self._upkeep(key, experts),
         )
+
+    def _upkeep(self, key: LayerKey, experts: int) -> np.ndarray | None:
+        """Return what each replica of a layer costs, as load, (E, H); None: nothing."""
+        if self.upkeep is None:
+            return None
+        busy_EH = self.upkeep.busy(key, experts, self.names)
+        return None if busy_EH is None else busy_EH * float(self.speed_H.mean())
 
     def add(
         self,

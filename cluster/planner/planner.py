@@ -4,7 +4,8 @@ It pursues four aims in the order of their weight: every expert has a replica; e
 the loss of as many failure domains as the policy says; operators' constraints are granted; layers
 that are not balanced enough are improved, the worst first, within the budget and as long as each
 move saves more time than its bytes cost. A layer that is balanced enough keeps its replicas, and
-only its shares follow the load.
+only its shares follow the load. While a run trains a model, its replicas cost bytes in every step;
+they are made only if they save more than that, and those that do not any more are given back.
 
 Shapes: E experts of one layer, H hosts.
 """
@@ -23,6 +24,7 @@ from .plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from .plan_builder import UNLIMITED, PlanBuilder
 from .protection import protect
 from .search import LayerSearch
+from .upkeep import ReplicaUpkeep
 
 # Intermediate aims: all layers reach each of these balancednesses before any is improved further.
 _LADDER = (0.6, 0.8)
@@ -36,14 +38,16 @@ def plan(
     loads: Mapping[LayerKey, np.ndarray],
     policy: PlannerPolicy,
     constraints: OperatorConstraints | None = None,
+    upkeep: ReplicaUpkeep | None = None,
 ) -> Plan:
     """Plan a placement for ``loads``, an array (E,) for each layer in the unit of hosts' speeds.
 
+    ``upkeep`` is what replicas of the model cost that a run trains now; None: there is no run.
     Hosts that are gone are simply missing from ``hosts``. Layers without load count as evenly
     loaded. Raises ValueError if no host is left to place experts on.
     """
     builder = PlanBuilder(
-        models, hosts, current, loads, policy, constraints or OperatorConstraints()
+        models, hosts, current, loads, policy, constraints or OperatorConstraints(), upkeep
     )
     # Step 1: give every expert a replica.
     _place(builder)
@@ -52,6 +56,8 @@ def plan(
     _grant(builder)
     # Step 3: improve the layers that are not balanced enough, the worst first.
     _balance(builder)
+    # Step 4: give back replicas that cost a training run more than they bring.
+    _give_back(builder)
     return builder.result()
 
 
@@ -91,7 +97,10 @@ def _chain(builder: PlanBuilder) -> None:
     fresh = [
         key
         for key, search in builder.searches.items()
-        if not search.held_EH.any() and np.ptp(search.load_E) > 0 and not search.is_light
+        if not search.held_EH.any()
+        and np.ptp(search.load_E) > 0
+        and not search.is_light
+        and search.upkeep_EH is None
     ]
     lacking = {
         key: int((~search.held_EH.any(axis=1)).sum()) for key, search in builder.searches.items()
@@ -211,11 +220,32 @@ def _reason(builder: PlanBuilder, search: LayerSearch, step: Step) -> str:
 def _pays(builder: PlanBuilder, search: LayerSearch, step: Step) -> bool:
     """Return whether a step saves at least as many host-seconds as loading its replicas takes.
 
-    Saved: gain / mean speed, for the ``horizon_s`` that the load is assumed to last. Loading:
-    bytes / bytes per second.
+    Saved: what it gains beyond their upkeep / mean speed, for the ``horizon_s`` that the load is
+    assumed to last. Loading: bytes / bytes per second.
     """
-    saved_s = step.gain / float(builder.speed_H.mean()) * builder.policy.horizon_s
-    return saved_s >= len(step.adds) * search.expert_bytes / builder.policy.loading_bytes_per_s
+    saved_s = step.net / float(builder.speed_H.mean()) * builder.policy.horizon_s
+    return saved_s >= len(step.adds) * _loading_s(builder, search)
+
+
+def _loading_s(builder: PlanBuilder, search: LayerSearch) -> float:
+    return search.expert_bytes / builder.policy.loading_bytes_per_s
+
+
+def _give_back(builder: PlanBuilder) -> None:
+    """Drop replicas whose upkeep costs more, for as long as the load lasts, than they bring.
+
+    The difference must exceed what loading them again would take. Without a budget for moves
+    nothing is known of the load, and all stay.
+    """
+    if builder.upkeep is None or builder.policy.budget == 0:
+        return
+    for search in builder.searches.values():
+        if search.upkeep_EH is None:
+            continue
+        worth = _loading_s(builder, search) / builder.policy.horizon_s
+        search.retarget(builder.policy.target)
+        while (found := search.unneeded(worth * float(builder.speed_H.mean()))) is not None:
+            search.accept(found)
 
 
 def _displace(

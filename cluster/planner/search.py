@@ -16,12 +16,16 @@ slack. If that host has no free slot, the step drops a replica there whose load 
 take, or moves a cold expert to another host. Estimates rank the steps, and one linear program each
 decides between the best.
 
+While a run trains the layer, each replica costs something in every step (`upkeep.py`). Steps then
+count with what they gain beyond that, and `unneeded` finds replicas that cost more than they bring.
+
 Shapes: E experts of one layer, H hosts, N replicas of several experts on one host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -56,6 +60,7 @@ class LayerSearch:
         expert_bytes: int,
         constraints: LayerConstraints,
         least: float = 0.0,
+        upkeep_EH: np.ndarray | None = None,
     ) -> None:
         self.held_EH = held_EH
         self.load_E = load_E
@@ -64,6 +69,7 @@ class LayerSearch:
         self.free = free
         self.expert_bytes = expert_bytes
         self.least = least  # load / speed of a host up to which evenness is worth nothing
+        self.upkeep_EH = upkeep_EH  # what each replica costs, as load; None: nothing
         self.split: Split | None = None
         self._capacity_H = speed_H
 
@@ -111,15 +117,15 @@ class LayerSearch:
             best: EvaluatedStep | None = None
             for step in self._ranked(max(width, len(self.speed_H) // 16), exact, most_adds):
                 split = split_below(self._after(step), self.load_E, self._capacity_H)
-                found = EvaluatedStep(Step(step.adds, step.drops, before - split.excess), split)
-                if best is None or found.step.gain_per_add > best.step.gain_per_add:
+                found = EvaluatedStep(replace(step, gain=before - split.excess), split)
+                if best is None or found.step.net_per_add > best.step.net_per_add:
                     best = found
                 # Steps come in the order of their estimates. One that keeps most of its estimate
                 # is good enough, and the linear programs of the others are saved.
                 if found.step.gain > (0.5 if len(step.adds) > 2 else 0.7) * step.gain:
                     best = found
                     break
-            if best is not None and best.step.gain_per_add >= least:
+            if best is not None and best.step.net_per_add >= least:
                 return best
         return self._anew(most_adds, least)
 
@@ -130,8 +136,9 @@ class LayerSearch:
         if step is None or len(step.adds) > most_adds:
             return None
         split = split_below(self._after(step), self.load_E, self._capacity_H)
-        found = EvaluatedStep(Step(step.adds, step.drops, self.split.excess - split.excess), split)
-        return found if found.step.gain > 0 and found.step.gain_per_add >= least else None
+        step = self._priced(replace(step, gain=self.split.excess - split.excess))
+        found = EvaluatedStep(step, split)
+        return found if step.net > 0 and step.net_per_add >= least else None
 
     def accept(self, found: EvaluatedStep) -> None:
         """Carry out a step, and take over the split that it leads to."""
@@ -168,6 +175,37 @@ class LayerSearch:
         """Undo a `lend`."""
         self.accept(undo)
 
+    def unneeded(self, worth: float) -> EvaluatedStep | None:
+        """Return a step that drops replicas whose upkeep exceeds what they bring by ``worth``.
+
+        None if there is none, or none of those that were looked at. ``worth`` is load, as upkeep.
+        """
+        if self.upkeep_EH is None:
+            return None
+        assert self.split is not None
+        flow_EH, excess = self.split.flow_EH, self.split.excess
+        costly_EH = self.constraints.droppable(self.held_EH) & (self.upkeep_EH > worth)
+        # Without load a replica can go, and the split stays what it is; the others may be more
+        # than the hosts need, too, and the linear program says what is lost without them.
+        order = np.lexsort((-self.upkeep_EH[costly_EH], flow_EH[costly_EH]))
+        for expert, host in np.argwhere(costly_EH)[order][:_VICTIMS].tolist():
+            drop = self._priced(Step((), ((expert, host),)))
+            split = self.split
+            if flow_EH[expert, host] > 0:
+                split = split_below(self._after(drop), self.load_E, self._capacity_H)
+            found = EvaluatedStep(replace(drop, gain=excess - split.excess), split)
+            if found.step.net > worth:
+                return found
+        return None
+
+    def _priced(self, step: Step) -> Step:
+        """Return a step with what its replicas cost more than those that it drops."""
+        upkeep_EH = self.upkeep_EH
+        if upkeep_EH is None:
+            return step
+        more = sum(float(upkeep_EH[where]) for where in step.adds)
+        return replace(step, upkeep=more - sum(float(upkeep_EH[where]) for where in step.drops))
+
     def _after(self, step: Step) -> np.ndarray:
         held_EH = self.held_EH.copy()
         for where in step.drops:
@@ -184,8 +222,10 @@ class LayerSearch:
         Of steps that add the same replica and differ only in what makes room for it, the best is
         taken. In a large pool the first step joins many independent ones.
         """
-        steps = (step for step in self._steps(width) if len(step.adds) <= most_adds)
-        ranked = sorted(steps, key=lambda step: -step.gain_per_add)
+        steps = (self._priced(one) for one in self._steps(width) if len(one.adds) <= most_adds)
+        ranked = sorted(
+            (step for step in steps if step.net > 0), key=lambda step: -step.net_per_add
+        )
         bundle = together(ranked, min(most_adds, len(self.speed_H) // _HOSTS_PER_STEP))
         if bundle is not None:
             yield bundle

@@ -10,6 +10,7 @@ from .report import (
     PlacementNumber,
     Report,
 )
+from .status import TrainingStatus
 
 
 class ModelActivity(Report):
@@ -83,6 +84,8 @@ class Activity(Report):
     """What every host does."""
     hottest_experts: list[HotExpert]
     """The experts with the most load, the hottest first."""
+    training: TrainingStatus | None = None
+    """The run that trains a model; null if there is none."""
 
 
 class ReplicaReport(Report):

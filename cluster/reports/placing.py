@@ -52,6 +52,20 @@ class LayerPlan(Report):
     """Balancedness of the same load under the plan."""
 
 
+class UpkeepReport(Report):
+    """What one more replica of an expert costs a training run in each step."""
+
+    model: str
+    """The model that is trained."""
+    replica_bytes: int
+    """Bytes that a step moves for it: its gradient to each owner, and the new weights back. On a
+    host that owns the expert it is less."""
+    replica_s: float
+    """How long that is planned to take."""
+    step_s: float
+    """How long a step takes."""
+
+
 class PlanReport(Report):
     """What `rebalance` would do now."""
 
@@ -77,6 +91,8 @@ class PlanReport(Report):
     """Experts for which no host has room."""
     lacking_bytes: int
     """Memory that the hosts lack for one more replica of each expert that should have one."""
+    upkeep: UpkeepReport | None = None
+    """What replicas of the model that is trained cost; null if no run has done a step."""
 
 
 class ChangePhase(OpenEnum):

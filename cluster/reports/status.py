@@ -298,6 +298,15 @@ class TrainingStatus(Report):
     unprotected_tensors: int = 0
     """How many experts and blocks of the trunk have a single owner: if that host is lost, the run
     goes back to a checkpoint. With redundancy they are few, until they were copied again."""
+    step_s: float | None = None
+    """How long a step takes, the mean of the last ones; null before the first one is done."""
+    tokens_per_s: float | None = None
+    """Tokens that these steps have learned from, for each second."""
+    balancedness: Balancedness | None = None
+    """How evenly the load of the model's layers is spread; null without load."""
+    owned_bytes: dict[str, int] = Field(default_factory=dict)
+    """How much memory that takes on each host: masters, optimizer's state, and gradients in a step.
+    Empty before the run has told."""
 
 
 class MissingExpert(ExpertId):

@@ -5,19 +5,24 @@ host when the others could do the work and stay below the middle between ``low``
 ``scale_up_above``. This gap is the hysteresis: a decision cannot cause the opposite one. Both
 conditions must last for a while, and a pause follows each decision.
 
+A training run keeps hosts busy in a part of each step only. So what it asks for must last for whole
+steps, and before the first step is done nothing is known of it.
+
 The clock and all observations are arguments. `cluster/scaling/fleet.py` chooses which host leaves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..load.meter import HostTimes
 
 # Routers report the hosts' times about once a second.
 _WINDOW_S = 2.0
+# Hosts are idle in a run if they are so for as long as so many of its steps take.
+_IDLE_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,25 +96,30 @@ class BusyMeter:
         self._since: float | None = None
 
     def measure(
-        self, totals: Mapping[str, HostTimes], speeds: Mapping[str, float], now: float
+        self,
+        totals: Mapping[str, HostTimes],
+        speeds: Mapping[str, float],
+        now: float,
+        trained_s: Callable[[str], float] = lambda _: 0.0,
     ) -> PoolLoad | None:
         """Return the load of the hosts in ``speeds`` since the last measurement.
 
-        ``totals`` are sums that only grow. Returns None if the last measurement is too recent.
+        ``totals``, and ``trained_s`` of each host, are sums that only grow: what routers report,
+        and how long hosts have worked for training runs besides. Returns None if the last
+        measurement is too recent.
         """
         if self._since is not None and now - self._since < _WINDOW_S:
             return None
         before, since = self._before, self._since
-        self._before = {
-            host: HostTimes(queued_s=times.queued_s, busy_s=times.busy_s, batch_s=times.batch_s)
-            for host, times in totals.items()
-        }
+        # Of all hosts: one that leaves now may be kept before the next look.
+        hosts = totals.keys() | speeds.keys()
+        self._before = {host: _reading(totals, host, trained_s) for host in hosts}
         self._since = now
         if since is None or not speeds:
             return None
         work = queued_s = batch_s = 0.0
         for host, speed in speeds.items():
-            new, old = totals.get(host, HostTimes()), before.get(host, HostTimes())
+            new, old = self._before[host], before.get(host, HostTimes())
             host_busy_s = max(0.0, new.busy_s - old.busy_s)
             # A report may contain computations from before this window, hence the limit of 1.
             work += speed * min(1.0, host_busy_s / (now - since))
@@ -118,6 +128,15 @@ class BusyMeter:
             batch_s += max(0.0, new.batch_s - old.batch_s)
             queued_s += max(0.0, new.queued_s - old.queued_s)
         return PoolLoad(work / sum(speeds.values()), queued_s / batch_s if batch_s else 0.0)
+
+
+def _reading(
+    totals: Mapping[str, HostTimes], host: str, trained_s: Callable[[str], float]
+) -> HostTimes:
+    """Return a host's sums, with all that it has worked for training runs in ``busy_s``."""
+    times = totals.get(host, HostTimes())
+    busy_s = times.busy_s + times.lent_s + trained_s(host)
+    return HostTimes(queued_s=times.queued_s, busy_s=busy_s, batch_s=times.batch_s)
 
 
 @dataclass(slots=True)
@@ -139,12 +158,13 @@ class _Mark:
         self._at = now
         return self.value
 
-    def lasts(self, true: bool, now: float) -> bool:
+    def lasts(self, true: bool, now: float, least_s: float = 0.0) -> bool:
+        """Return whether a condition has held for ``after_s``, and for at least ``least_s``."""
         if not true:
             self.since = None
             return False
         self.since = now if self.since is None else self.since
-        return now - self.since >= self.after_s
+        return now - self.since >= max(self.after_s, least_s)
 
     def reset(self) -> None:
         self.value = self.since = None
@@ -175,20 +195,35 @@ class Autoscaler:
             mark.reset()
 
     def decide(
-        self, groups: Sequence[GroupState], load: PoolLoad | None, now: float
+        self,
+        groups: Sequence[GroupState],
+        load: PoolLoad | None,
+        now: float,
+        *,
+        step_s: float | None = 0.0,
     ) -> list[Decision]:
-        """Return what to change now, usually nothing; ``load`` is None if nothing was measured."""
+        """Return what to change now, usually nothing; ``load`` is None if nothing was measured.
+
+        ``step_s`` is how long a training step takes; None: it is unknown yet. 0: there is no run.
+        """
         if load is None or not any(group.scales for group in groups):
             return []
         self.load = load
+        if step_s is None:
+            self.held = "the training run has not done a step yet"
+            return []
         busy = self._up.note(load.busy, now)
         calm = self._down.note(load.busy, now)
         waiting = self._waits.note(load.waiting, now)
         # Waiting calls ask for hosts only if hosts are not nearly idle; a few calls that happen to
         # collide on an idle pool are no reason to grow.
         queues = waiting > 1 and busy > self.policy.scale_down_below
-        hot = self._up.lasts(busy >= self.policy.scale_up_above or queues, now)
-        idle = self._down.lasts(calm <= self.policy.scale_down_below and not queues, now)
+        # Calls that wait may be those of others than the run, which does not excuse them.
+        queued = self._waits.lasts(queues, now)
+        hot = self._up.lasts(busy >= self.policy.scale_up_above or queues, now, step_s) or queued
+        idle = self._down.lasts(
+            calm <= self.policy.scale_down_below and not queues, now, _IDLE_STEPS * step_s
+        )
         self.held = ""
         if now < self._rest_until:
             return []

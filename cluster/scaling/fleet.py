@@ -159,9 +159,10 @@ class Fleet:
             elif control.view.never_seen(name):
                 self._asked_at.setdefault(name, now)
         up = {n: self._speed(n) for n in control.view.observations if n not in self._retired}
-        load = self._meter.measure(control.loads.hosts, up, now)
+        load = self._meter.measure(control.loads.hosts, up, now, control.view.training_times.of)
         states = [] if load is None else self._states(control, now)
-        for decision in self.autoscaler.decide(states, load, now):
+        step_s = 0.0 if control.training.alive is None else control.training.told.step_s
+        for decision in self.autoscaler.decide(states, load, now, step_s=step_s):
             group = self.order[decision.group]
             self._set(control, group, decision.count, "autoscaler", decision.reason, now)
         for name in [n for n in self._retired if control.is_free(n, now)]:
@@ -330,7 +331,8 @@ class Fleet:
             if name not in (*leavers, *self._retired) and name not in control.constraints.leaving
         ]
         redundancy = control.policy.balance.redundancy
-        return capacity_shortage(left, list(control.models.values()), redundancy=redundancy)
+        lack = capacity_shortage(left, list(control.models.values()), redundancy=redundancy)
+        return lack or control.members.training_shortage(control.training, leavers)
 
     def _states(self, control: Control, now: float) -> list[GroupState]:
         found = []

@@ -20,6 +20,7 @@ from ..placement import HostEntry, LayerPlacement, ModelShape, PlacementId, ever
 from ..versions import WeightVersions
 from ..weight_updates import WeightUpdates
 from .orders import RunId
+from .progress import RunProgress
 
 # How long a run lives without being heard.
 RUN_LEASE_S = 30.0
@@ -46,14 +47,6 @@ class BegunTraining:
     next_version: int  # that its first step brings; each further step adds one
     redundancy: int  # how many owners of a key may be lost at once, as the spec says
     lease_s: float  # how long it lives without asking for news
-
-
-class RunProgress(NamedTuple):
-    """What a run tells of itself, for people."""
-
-    attempt: int = 0  # at the next step: more than 1 mean that something was lost; 0: none yet
-    workers: int = 0  # that compute it
-    unprotected: int = 0  # keys with a single owner: its loss would take the run to a checkpoint
 
 
 class NewsRequest(NamedTuple):
@@ -147,6 +140,7 @@ class TrainingRuns:
         self._pool = pool
         self._updates = updates
         self._publication: Publication | None = None
+        self.told = RunProgress()  # by the run that lives
         self.ending = ""  # why the last run has ended
         self.expired = False  # whether it has because its lease was over
         # A lease is measured in the time that the controller has listened. One that was frozen has
@@ -233,6 +227,7 @@ class TrainingRuns:
             self._publication.error = f"{found} has followed the run that asked"
         self._publication = None
         self._heard_s = self._listened(now)
+        self.told = RunProgress()
         return found
 
     def known(self, run: RunId) -> LivingRun:
@@ -245,10 +240,11 @@ class TrainingRuns:
         why = (run == self.last_run and self.ending) or "the controller does not know it"
         raise Superseded(f"run {run} does not live: {why}; begin to train anew")
 
-    def renew(self, run: RunId, now: float) -> LivingRun:
-        """Renew a run's lease. Raises as `known`."""
+    def renew(self, run: RunId, now: float, tells: RunProgress | None = None) -> LivingRun:
+        """Renew a run's lease, and take note of what it tells. Raises as `known`."""
         found = self.known(run)
         self._heard_s = self._listened(now)
+        self.told = tells or self.told
         return found
 
     def end(self, run: RunId) -> None:
@@ -391,6 +387,7 @@ class TrainingRuns:
         if self._publication is not None:
             self._publication.error = f"run {self.alive.run} does not live: {why}"
         self.alive = self._publication = None
+        self.told = RunProgress()
 
     def _listened(self, now: float) -> float:
         """Return for how many seconds the controller has listened to runs."""

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _IDS, _GATES = 4, 4  # bytes of an id, and of a gate's weight (float32)
+# How fast tensors go from host to host, for plans: 100 MB through shared memory, and over gRPC as
+# between machines, in `benchmarks/speed/bulk.py` on an AMD EPYC with 2 cores.
+SHARED_BYTES_PER_S, GRPC_BYTES_PER_S = 4e9, 0.4e9
 
 
 class StepBytes(NamedTuple):
@@ -58,6 +61,16 @@ class TrainingStep:
         """Bytes of the calls in expert parallelism, with one copy of a token for each host."""
         rows = self.tokens * self.layers * hosts_of_token(self.hosts, self.top_k)
         return all_to_all_bytes(rows, self.hidden)
+
+
+def replica_bytes(*, gradient: int, weights: int, redundancy: int) -> tuple[int, int]:
+    """Return the bytes that one more replica of an expert adds to a step.
+
+    That is on a host that does not own the expert, and on one that does. ``gradient`` and
+    ``weights`` are the bytes of its gradient and its weights. Each owner fetches the gradient of
+    each replica, and each replica the new weights; an owner has its own.
+    """
+    return gradient * (1 + redundancy) + weights, gradient * redundancy
 
 
 def wide_bytes(weight_bytes: int) -> int:

@@ -417,7 +417,12 @@ _TRAINING: Sections = [
             _lines(
                 "Seconds per step",
                 "s",
-                (f"1 / ({_rate('moesaic_training_steps_total', _M)} > 0)", "{{model}}"),
+                (f"moesaic_training_step_seconds{{{_M}}}", "{{model}}"),
+            ),
+            _lines(
+                "Tokens per second",
+                "short",
+                (f"moesaic_training_tokens_per_second{{{_M}}}", "{{model}}"),
             ),
             _line(
                 "Rows that routers computed", "short", _rate("moesaic_router_rows_total"), "rows"
@@ -454,6 +459,12 @@ _TRAINING: Sections = [
     (
         "Hosts",
         [
+            _lines(
+                "Memory of what hosts own",
+                "bytes",
+                (f"moesaic_host_owned_bytes{{{CLUSTER}}}", "{{host}}"),
+                stacked=True,
+            ),
             _lines(
                 "Tensors that hosts own",
                 "short",

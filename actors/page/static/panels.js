@@ -257,7 +257,12 @@ export function showTraining(feed, models, curves) {
   curves.work.add(models.has(run.model) ? models.get(run.model).total : null);
   const owned = Object.values(run.owned_tensors).reduce((sum, one) => sum + one, 0);
   say($("training-words"), `run ${run.run} of ${run.initiator} trains ${run.model}: ${many(run.steps, "step")}, version ${run.version} is served, ${many(owned, "owned tensor")} on ${many(Object.keys(run.owned_tensors).length, "host")}`);
+  $("training-words").title = Object.entries(run.owned_tensors)
+    .map(([host, count]) => `${host} owns ${many(count, "tensor")}, ${bytes(run.owned_bytes?.[host] ?? 0)}`).join("\n");
   const notes = pace === null ? [] : [`${number(pace)} steps / min`];
+  if (run.step_s) notes.push(`${number(run.step_s)} s a step`);
+  if (run.tokens_per_s) notes.push(`${number(run.tokens_per_s)} tokens / s`);
+  if (run.balancedness) notes.push(`balancedness ${run.balancedness.mean.toFixed(2)}`);
   if (run.attempt) notes.push(`attempt ${run.attempt} by ${many(run.workers, "worker")}`);
   if (run.unprotected_tensors) notes.push(`${many(run.unprotected_tensors, "tensor")} with a single owner`);
   say($("training-note"), notes.join(", "));

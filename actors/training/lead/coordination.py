@@ -34,6 +34,13 @@ class Restoring(NamedTuple):
     workers: int  # that take it over
 
 
+class Learned(NamedTuple):
+    """What a worker has learned from in an attempt."""
+
+    layers: frozenset[int]  # whose experts have gradients
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSums:
     """What the gradients of experts are, summed up over hosts and workers."""
@@ -88,13 +95,13 @@ class Coordination(Protocol):
         self,
         worker: Worker,
         attempt: Attempt,
-        layers: frozenset[int],
+        learned: Learned,
         put: frozenset[ExpertKey],
     ) -> ExpertSums:
         """Meet: end the backward calls, and sum the experts' gradients up.
 
-        ``layers`` are those that the worker has learned from; layers from which none has are not
-        updated. ``put`` are the experts whose gradients it has sent to their owners.
+        Layers from which no worker has ``learned`` are not updated. ``put`` are the experts whose
+        gradients it has sent to their owners.
         """
         ...
 

@@ -17,8 +17,8 @@ from ....cluster.placement import PlacementId
 from ....cluster.training.contributions import Attempt
 from ....cluster.training.host_memory import HostMemory
 from ....cluster.training.orders import GroupUpdate, RunId
+from ....cluster.training.progress import RunProgress, RunTelling
 from ....cluster.training.run_plan import RunPlan
-from ....cluster.training.runs import RunProgress
 from ....cluster.training.steps import TrainingSteps
 from ....cluster.training.workers import Stand, Worker, Workers
 from ....proto.errors import (
@@ -29,7 +29,7 @@ from ....proto.errors import (
     StepLost,
     describe_error,
 )
-from .coordination import ExpertSums, Restoring, TrunkSums, Where
+from .coordination import ExpertSums, Learned, Restoring, TrunkSums, Where
 from .decisions import agreed, expert_sums
 from .driver import PUBLISH_S, RunDriver, TrainingPool
 
@@ -61,6 +61,7 @@ class Coordinator:
         self.driver = RunDriver(
             pool, steps, progress=self._progress, beside=self._look, ended=self._tell_all
         )
+        self._telling = RunTelling(steps)
         self._pool = pool
         self._since = since
         self._clock = clock
@@ -152,6 +153,7 @@ class Coordinator:
             raise
 
     def _may_begin(self) -> None:
+        self._telling.began(self._clock())
         with self._lock:
             self._owned = self._fresh = self.driver.follows = True
         self._advance()
@@ -287,10 +289,9 @@ class Coordinator:
         self._served = versions
 
     def _progress(self) -> RunProgress:
-        steps = self.steps
         with self._lock:
             workers = len(self._workers.part)
-        return RunProgress(steps.attempt.number, workers, steps.unprotected)
+        return self._telling.progress(workers)
 
     def _look(self) -> None:
         """Look for workers that are gone, beside what the lease needs."""
@@ -396,20 +397,21 @@ class Coordinator:
         self,
         worker: Worker,
         attempt: Attempt,
-        layers: frozenset[int],
+        learned: Learned,
         put: frozenset[ExpertKey],
     ) -> ExpertSums:
         every = {key.layer for key in self.plan.tensors if key.layer != TRUNK}
 
-        def act(brought: Mapping[str, tuple[frozenset[int], frozenset[ExpertKey]]]) -> ExpertSums:
-            learned = frozenset[int]().union(*(layers for layers, _ in brought.values()))
+        def act(brought: Mapping[str, tuple[Learned, frozenset[ExpertKey]]]) -> ExpertSums:
+            layers = frozenset[int]().union(*(learned.layers for learned, _ in brought.values()))
             given = {name: keys for name, (_, keys) in brought.items()}
-            found = self.steps.reduce_experts(every - learned, put=given)
+            found = self.steps.reduce_experts(every - layers, put=given)
             sums = expert_sums(self.driver.exchange(found))
+            self._telling.summed(sum(learned.tokens for learned, _ in brought.values()))
             self._room = self._waiting.submit(self.driver.await_room)
             return sums
 
-        return self._meet(worker, attempt, "experts", (layers, put), self._act(act))
+        return self._meet(worker, attempt, "experts", (learned, put), self._act(act))
 
     def reduce_trunk(
         self, worker: Worker, attempt: Attempt, put: frozenset[ExpertKey], weight: float
@@ -436,6 +438,7 @@ class Coordinator:
                 if self._room is not None:
                     self._room.result()
                 self.driver.exchange(self.steps.commit(decided))
+            self._telling.stepped(self._clock())
             self._go_on()
 
         self._meet(worker, attempt, "commit", groups, act)

@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 
 from ....cluster.placement import PlacementId
 from ....cluster.training.orders import Answers, Exchange, Order
+from ....cluster.training.progress import RunProgress
 from ....cluster.training.run_plan import PoolNow
-from ....cluster.training.runs import RunProgress
 from ....cluster.training.steps import TrainingSteps
 from ....proto.errors import (
     BadInput,

@@ -12,8 +12,9 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ....cluster.expert_keys import ExpertKey, LayerKey
 from ....cluster.placement import LayerPlacement, PlacementId
 from ....cluster.training.orders import Answer, Order
+from ....cluster.training.progress import RunProgress
 from ....cluster.training.run_plan import PoolNow
-from ....cluster.training.runs import NewsRequest, RunProgress, TrainingNews
+from ....cluster.training.runs import NewsRequest, TrainingNews
 from ....proto.errors import (
     HostLost,
     InternalError,

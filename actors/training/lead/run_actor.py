@@ -41,7 +41,7 @@ from ...runtime.log_settings import log_runtime_env
 from ...runtime.process_log import begin_process
 from ...runtime.ray_border import cluster_of, controller_of, last_line, ray_get
 from ...store.durable_state import stored_deployment
-from .coordination import ExpertSums, Restoring, TrunkSums, Where
+from .coordination import ExpertSums, Learned, Restoring, TrunkSums, Where
 from .coordinator import MEET_S, Coordinator
 from .ray_pool import RayTrainingPool
 
@@ -199,10 +199,10 @@ class RemoteCoordinator:
         self,
         worker: Worker,
         attempt: Attempt,
-        layers: frozenset[int],
+        learned: Learned,
         put: frozenset[ExpertKey],
     ) -> ExpertSums:
-        return self._meet("reduce_experts", worker, attempt, layers, put)
+        return self._meet("reduce_experts", worker, attempt, learned, put)
 
     def reduce_trunk(
         self, worker: Worker, attempt: Attempt, put: frozenset[ExpertKey], weight: float

@@ -325,6 +325,13 @@ def _print_plan(found: PlanReport) -> None:
         f"experts lost if one failure domain is lost: {found.unprotected_experts_before} -> "
         f"{found.unprotected_experts_after}"
     )
+    if found.upkeep is not None:
+        costs = found.upkeep
+        out.print(
+            f"{costs.model} is trained: a replica more costs {_mib(costs.replica_bytes)} and "
+            f"{1e3 * costs.replica_s:.3g} ms in each step of {costs.step_s:.3g} s",
+            markup=False,
+        )
     if found.unplaced_experts:
         out.print(f"[red]no host has room for {len(found.unplaced_experts)} experts[/red]")
 

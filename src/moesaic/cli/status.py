@@ -20,6 +20,7 @@ from ..cluster.reports.status import (
 )
 from ..connecting import running_cluster
 from ..handle import connect
+from .live.top import training_lines
 from .terminal import table
 
 out = Console(highlight=False)
@@ -191,18 +192,14 @@ def _print_models(cluster: ClusterStatus, engines: dict[str, EngineStatus]) -> N
 
 
 def _print_training(run: TrainingStatus) -> None:
-    owned = [f"{host} owns {count} tensors" for host, count in run.owned_tensors.items()]
-    words = f"run {run.run} ({run.initiator}) trains {run.model}: version {run.version} after "
-    words += f"{run.steps:,} steps, for {run.age_s:,.0f} s"
-    if run.attempt:
-        words += f"; attempt {run.attempt} at the next by {run.workers:,} processes"
-    out.print("; ".join([words, ", ".join(owned)] if owned else [words]), markup=False)
-    if run.unprotected_tensors:
-        out.print(
-            f"{run.unprotected_tensors:,} trained tensors have a single owner: if that host is "
-            "lost, the run goes back to a checkpoint",
-            markup=False,
-        )
+    for line in training_lines(run):
+        out.print(line, markup=False)
+    owned = [
+        f"{host} {count:,}" + (f" ({_mib(size)})" if (size := run.owned_bytes.get(host)) else "")
+        for host, count in run.owned_tensors.items()
+    ]
+    if owned:
+        out.print(f"tensors that hosts own: {', '.join(owned)}", markup=False)
 
 
 def _print_balance(cluster: ClusterStatus) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from moesaic.cluster.control.commands import EndRun, Evict, MakePlan, Publish
 from moesaic.cluster.control.control import Control, ControlPolicy
+from moesaic.cluster.control.host_speed import Work
 from moesaic.cluster.control.loading import LoadExperts
 from moesaic.cluster.control.pool_view import Observation
 from moesaic.cluster.expert_keys import (
@@ -46,6 +47,10 @@ class SimHost:
     loading: list[tuple[ExpertVersion, HostEntry | None]] = field(default_factory=list)  # peer
     run: int = 0  # the training run that it knows, and how many keys it owns for it
     owned: int = 0
+    backward_s: float = 0.0  # since its start
+    owner_s: float = 0.0
+    node: str = "n"
+    free_bytes: int | None = None
 
     @property
     def address(self) -> str:
@@ -59,7 +64,7 @@ class SimHost:
         entry = HostEntry(
             host=self.name,
             incarnation=self.incarnation,
-            node="n",
+            node=self.node,
             shm_address="",
             grpc_address=self.address,
         )
@@ -69,6 +74,8 @@ class SimHost:
             loading=bool(self.loading),
             run=self.run,
             owned=self.owned,
+            work=Work(0, 0, 0.0, self.backward_s, self.owner_s),
+            free_bytes=self.free_bytes,
         )
 
 

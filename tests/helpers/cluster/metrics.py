@@ -128,6 +128,9 @@ def snapshot(hosts: Sequence[HostStatus] | None = None, **changed: Any) -> Metri
             workers=2,
             unprotected_tensors=6,
             owned_tensors={"a": 3},
+            owned_bytes={"a": 4096},
+            step_s=2.5,
+            tokens_per_s=1000.0,
         ),
     )
     scaling = status.scaling.model_copy(

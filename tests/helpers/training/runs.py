@@ -23,8 +23,8 @@ from moesaic.cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
 from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.training.orders import Answer, Order
+from moesaic.cluster.training.progress import RunProgress
 from moesaic.cluster.training.run_plan import PoolNow
-from moesaic.cluster.training.runs import RunProgress
 from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.training.workers import Workers
 from moesaic.kernels.training.update_rules import UpdateRule

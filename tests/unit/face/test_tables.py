@@ -11,9 +11,10 @@ from rich.console import Console
 
 from moesaic.bench import LoadResult, Percentiles
 from moesaic.cli import bench, operate, simulate, status, watch
+from moesaic.cli.live import top
 from moesaic.cli.terminal import number
 from moesaic.cluster.reports.activity import AssignmentRates, ExpertReport, ReplicaReport
-from moesaic.cluster.reports.placing import ChangePhase
+from moesaic.cluster.reports.placing import ChangePhase, PlanReport, UpkeepReport
 from moesaic.cluster.reports.report import Balancedness, HostState, LayerRouting
 from moesaic.cluster.reports.status import (
     CardStatus,
@@ -28,6 +29,7 @@ from moesaic.cluster.reports.status import (
     TrainingStatus,
 )
 from tests.helpers.cluster import reports
+from tests.helpers.cluster.metrics import activity
 from tests.helpers.cluster.reports import PROCESS, cluster_report, engine_report, host_report
 
 LONG = "Qwen/Qwen3-30B-A3B-Instruct-2507"
@@ -144,6 +146,10 @@ STATUS = StatusDocument(
             workers=3,
             unprotected_tensors=9,
             owned_tensors={"host-0": 5, "host-1": 4},
+            owned_bytes={"host-0": 2**31, "host-1": 2**30},
+            step_s=1.234,
+            tokens_per_s=4321.0,
+            balancedness=Balancedness(mean=0.9612, worst=0.9),
         ),
         missing_experts=1,
         missing_examples=[MissingExpert(model=LONG, layer=1, expert=2, reason="loading")],
@@ -172,6 +178,23 @@ CHANGE = reports.CHANGE.model_copy(
         "balancedness_before": Balancedness(mean=0.8123, worst=0.5),
         "balancedness_predicted": Balancedness(mean=0.98, worst=0.9),
     }
+)
+ACTIVITY = activity().model_copy(
+    update={"training": None if STATUS.cluster is None else STATUS.cluster.training}
+)
+PLAN = PlanReport(
+    moves=[],
+    drops=[],
+    weight_bytes=0,
+    expected_s=0.0,
+    balancedness_before=Balancedness(mean=0.9, worst=0.8),
+    balancedness_after=Balancedness(mean=0.9, worst=0.8),
+    layers=[],
+    unprotected_experts_before=0,
+    unprotected_experts_after=0,
+    unplaced_experts=[],
+    lacking_bytes=0,
+    upkeep=UpkeepReport(model="m", replica_bytes=12 * 2**20, replica_s=0.00315, step_s=2.5),
 )
 FIGURES = SimpleNamespace(
     strategy="static",
@@ -208,6 +231,25 @@ FIGURES = SimpleNamespace(
                 "117 of 128 experts",
                 "run 3 (ann) trains m: version 12 after 11 steps, for 41 s; attempt 2 at",
                 "9 trained tensors have a single owner: if that host is lost, the run",
+                "run 3: 1.23 s a step, 4,321 tokens/s, balancedness 0.961, worst layer 0.900",
+                "tensors that hosts own: host-0 5 (2,048 MiB), host-1 4 (1,024 MiB)",
+            ),
+        ),
+        (
+            top,
+            lambda: top.out.print(top.frame("local", ACTIVITY)),
+            (
+                *("owns", "calls/s", "rows/s"),
+                "run 3: 1.23 s a step, 4,321 tokens/s, balancedness 0.961, worst layer 0.900",
+                "9 trained tensors have a single owner: if that host is lost, the run",
+            ),
+        ),
+        (
+            operate,
+            lambda: operate._print_plan(PLAN),
+            (
+                "nothing to move",
+                "m is trained: a replica more costs 12.0 MiB and 3.15 ms in each step of 2.5",
             ),
         ),
         (

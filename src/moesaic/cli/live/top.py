@@ -21,6 +21,7 @@ from ..terminal import print_report, table, until_ctrl_c
 
 if TYPE_CHECKING:
     from ...cluster.reports.activity import Activity, HostActivity, HotExpert, ModelActivity
+    from ...cluster.reports.status import TrainingStatus
 
 out = Console(highlight=False)
 
@@ -99,7 +100,9 @@ def frame(name: str, seen: Activity) -> RenderableType:
         if routing is not None:
             words = f"{model.name}: worst routing in {routing.words}"
             parts.append(Text(words, style="red" if routing.collapsed else ""))
-    return Group(*parts, _hosts(seen.hosts), *_experts(seen.hottest_experts))
+    if seen.training is not None:
+        parts += [Text(line) for line in training_lines(seen.training)]
+    return Group(*parts, _hosts(seen.hosts, seen.training), *_experts(seen.hottest_experts))
 
 
 def _balance(model: ModelActivity) -> str:
@@ -111,8 +114,33 @@ def _balance(model: ModelActivity) -> str:
     )
 
 
-def _hosts(hosts: list[HostActivity]) -> Table:
-    shown = table("host", "state", ">experts", ">queue", ">busy", ">calls/s", ">rows/s")
+def training_lines(run: TrainingStatus) -> list[str]:
+    """Say how far and how fast a run is, and what would be lost with a host."""
+    words = f"run {run.run} ({run.initiator}) trains {run.model}: version {run.version} after "
+    words += f"{run.steps:,} steps, for {run.age_s:,.0f} s"
+    if run.attempt:
+        words += f"; attempt {run.attempt} at the next by {run.workers:,} processes"
+    lines, pace = [words], list[str]()
+    if run.step_s is not None:
+        pace.append(f"{run.step_s:,.3g} s a step")
+    if run.tokens_per_s is not None:
+        pace.append(f"{run.tokens_per_s:,.0f} tokens/s")
+    if run.balancedness is not None:
+        mean, worst = run.balancedness.mean, run.balancedness.worst
+        pace.append(f"balancedness {mean:.3f}, worst layer {worst:.3f}")
+    if pace:
+        lines.append(f"run {run.run}: {', '.join(pace)}")
+    if run.unprotected_tensors:
+        lines.append(
+            f"{run.unprotected_tensors:,} trained tensors have a single owner: if that host is "
+            "lost, the run goes back to a checkpoint"
+        )
+    return lines
+
+
+def _hosts(hosts: list[HostActivity], run: TrainingStatus | None) -> Table:
+    owns = [] if run is None else [">owns"]
+    shown = table("host", "state", ">experts", *owns, ">queue", ">busy", ">calls/s", ">rows/s")
     for host in hosts:
         each = host.throughput
         cells = ["", "", ""]
@@ -126,6 +154,7 @@ def _hosts(hosts: list[HostActivity]) -> Table:
             host.name,
             Text(host.state.words, style="" if host.state == "up" else "yellow"),
             f"{host.replicas:,}",
+            *([] if run is None else [f"{run.owned_tensors.get(host.name, 0):,}"]),
             f"{host.queued_rows:,}",
             *cells,
         )

@@ -73,12 +73,12 @@ async def test_a_step_from_begin_to_end() -> None:
     assert placed == world.published[-1].id > before
     assert shell.hurries == 1, "the tick that it asked for has found the version everywhere"
     assert shell.stored[-1]["models"] == {"m": 2}
-    status = shell.training.status()
+    status = shell.training.status({})
     assert status is not None
     assert (status.version, status.steps, status.initiator) == (2, 1, "ann")
     assert await shell.training.publish(1, 2, 5.0) == placed, "its answer was lost"
     shell.training.end(1)
-    assert shell.training.status() is None
+    assert shell.training.status({}) is None
     assert shell.stored[-1]["training"] == {"last": 1, "alive": None}
     with pytest.raises(ClusterError, match="run 1 does not live: it was ended"):
         shell.training.news(NewsRequest(1))

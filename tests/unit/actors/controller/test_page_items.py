@@ -41,7 +41,7 @@ def overview_of(world: FleetWorld) -> Overview:
         orders=cast(Any, None),  # for metrics alone
         probing=HostProbing(hosts, cast(Any, None), clock),
         sizing=Sizing(control, world.fleet, "ns", lambda: None, clock),
-        training=cast(Any, SimpleNamespace(status=lambda: None)),
+        training=cast(Any, SimpleNamespace(status=lambda _: None)),
         watchdog=Watchdog(control, world.now),
         service=None,
         models={

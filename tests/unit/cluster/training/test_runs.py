@@ -489,6 +489,6 @@ def test_a_pool_with_a_new_host_gives_it_experts_though_it_owns_something_first(
     world.pool.append(host)
     world.hosts["h2"] = type(world.hosts["h0"])("h2")
     world.own("h2", 2)
-    world.control.loads.assignments_per_busy_s = lambda: 1e6  # type: ignore[method-assign]
+    world.control.loads.assignments_per_busy_s = lambda *_: 1e6  # type: ignore[method-assign]
     world.rounds(5.0)
     assert world.hosts["h2"].held
