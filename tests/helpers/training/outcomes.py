@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.helpers.training.crews import backward
 from tests.helpers.training.runs import LocalPool, Team, held, optimizing, training_pool
 
 F32 = torch.float32
-STEPS = 3
+STEPS = 4
 MAX_NORM = 0.5
 # Tokens of a step's microbatches; the last one has more rows than hosts compute together.
 SIZES = (1, 40), (1, 3), (2, 61), (1, 17), (3, 110)
@@ -45,33 +46,38 @@ def microbatches(step: int) -> list[Tensor]:
     return [torch.randint(3, 300, size, generator=generator) for size in SIZES]
 
 
+def dealt(number: int, workers: int) -> Sequence[int]:
+    return range(len(SIZES))[number::workers]
+
+
 def whole_step(
-    model: Any, optimizer: RunOptimizer, deal: Callable[[int, int], Sequence[int]]
+    model: Any,
+    optimizer: RunOptimizer,
+    deal: Callable[[int, int], Sequence[int]] = dealt,
+    then: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Make a step, again until it is done; return the loss and the norm of all of it.
 
-    ``deal`` says which microbatches this worker has, of how many.
+    ``deal`` says which microbatches this worker has, of how many workers; ``then`` is called once,
+    when its first backward passes are done.
     """
     run: Any = optimizer.run
+    calls = [then]
     while True:
         every = microbatches(run.step)
         try:
-            sums, count = 0.0, 0
-            losses = [0.0] * len(every)
+            losses, count = [0.0] * len(every), 0
             for at in deal(run.number, run.workers):
                 losses[at], tokens = backward(model, [every[at]])
                 count += tokens
+            while calls:
+                calls.pop()()
             *losses, tokens = run.total("losses", (*losses, count))
-            sums = sum(losses)
             optimizer.step(weight=count)
             assert optimizer.grad_norm is not None
-            return sums / tokens, optimizer.grad_norm
+            return sum(losses) / tokens, optimizer.grad_norm
         except StepLost:
             optimizer.zero_grad()
-
-
-def dealt(number: int, workers: int) -> range:
-    return range(len(SIZES))[number::workers]
 
 
 def outcome_of(
@@ -79,40 +85,34 @@ def outcome_of(
     *,
     workers: int = 1,
     borrows: bool = False,
-    redundancy: int = 0,
     exact: bool = True,
-    deal: Callable[[int, int], Sequence[int]] = dealt,
-    before: Callable[[LocalPool, int], None] = lambda pool, step: None,
     dtype: torch.dtype = F32,
+    deal: Callable[[int, int], Sequence[int]] = dealt,
+    within: Callable[[LocalPool, int], None] = lambda pool, step: None,
+    training: Mapping[str, Any] | None = None,
     **pool_options: Any,
 ) -> Outcome:
-    """Train in float32; ``before`` is called in the first worker before each step."""
+    """Train for some steps. ``within`` is called in each, when a worker has its gradients."""
     team = Team(workers)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "borrows": borrows,
+        "team": team,
+        "exact": exact,
+        "max_grad_norm": MAX_NORM,
+        **(training or {}),
+    }
     with training_pool(folder, dtype=dtype, borrows=borrows, **pool_options) as pool:
 
         def work(number: int) -> Outcome | None:
-            options: dict[str, Any] = {"borrows": borrows, "redundancy": redundancy}
-            with optimizing(
-                pool,
-                folder,
-                dtype=dtype,
-                team=team,
-                name=f"worker-{number}",
-                exact=exact,
-                max_grad_norm=MAX_NORM,
-                **options,
-            ) as (model, optimizer):
+            with optimizing(pool, folder, name=f"worker-{number}", **options) as (model, optimizer):
                 if borrows:
                     heard(pool.routers[number], *pool.alive)
                 found = []
                 for step in range(STEPS):
-                    if number == 0:
-                        before(pool, step)
-                    found.append(whole_step(model, optimizer, deal))
-                if number:
-                    return None
-                losses, norms = zip(*found, strict=True)
-                return Outcome(list(losses), list(norms), tensors_of(pool, team, model))
+                    then = partial(within, pool, step) if number == 0 else lambda: None
+                    found.append(whole_step(model, optimizer, deal, then))
+                return None if number else outcome(pool, team, model, found)
 
         with ThreadPoolExecutor(workers) as threads:
             first, *_ = threads.map(work, range(workers))
@@ -120,7 +120,14 @@ def outcome_of(
     return first
 
 
-def tensors_of(pool: LocalPool, team: Team, model: Any) -> dict[str, Tensor]:
+def outcome(
+    pool: LocalPool, team: Team, model: Any, steps: Sequence[tuple[float, float]]
+) -> Outcome:
+    losses, norms = zip(*steps, strict=True)
+    return Outcome(list(losses), list(norms), _tensors(pool, team, model))
+
+
+def _tensors(pool: LocalPool, team: Team, model: Any) -> dict[str, Tensor]:
     """All weights and all state; the owners of a key have the same bits."""
     assert team.lead is not None
     found = {name: one.detach().clone() for name, one in model.named_parameters()}
