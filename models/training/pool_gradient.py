@@ -40,9 +40,9 @@ class PoolGradient(Tensor):
 
     It has the stand-in's shape, dtype and device, and no elements. Its norm (2-norm alone) is that
     of the sum, in float32, or float64 for float64 models; it is asked for when it is needed, which
-    ends the collection of gradients. It is refused if ``recorded.no_norm`` says why. Multiplications
-    by a number or a tensor without dimensions are written down in ``recorded.factor``, by which the
-    optimizer's owners multiply. All else raises BadInput.
+    ends the collection of gradients; or it is refused, if ``recorded.no_norm`` says why.
+    Multiplications by a number or a tensor without dimensions are written down in
+    ``recorded.factor``, by which the optimizer's owners multiply. All else raises BadInput.
     """
 
     recorded: Recorded
