@@ -330,9 +330,9 @@ class Router:
         with self._lock:
             self._check_open()
             self._waiting.listen()
-            given = self._dispatcher.placement, x_TH, ids_TK, weights_TK
-            how = {"keep": keep, "exact": key.model in self.exact_models}
-            tensors = LayerTensors(key, *given, without=self.batch.dead, step=self.step, **how)
+            given = key, self._dispatcher.placement, x_TH, ids_TK, weights_TK
+            dead, exact = self.batch.dead, key.model in self.exact_models
+            tensors = LayerTensors(*given, without=dead, step=self.step, keep=keep, exact=exact)
             tensors.trace = self.batch.layer_trace
             options = self.batch.options(tensors.tokens, self.policy.deadline_s)
             if options is not None and options.experts_T is not None:

@@ -135,18 +135,18 @@ def test_workers_and_the_run_are_killed_and_no_loss_differs(pool: Cluster, folde
     wait_until(lambda: not run_actors(pool))
 
 
+@pytest.mark.timeout(560)
 def test_with_exact_neither_workers_nor_kills_change_a_bit_of_the_losses(folder: Path) -> None:
     """The spec says so, and not the optimizer. Here each process has its memory and its threads."""
-    models = [
-        {"name": name, "path": str(folder), "replicas": 2, "train": True, "exact": True}
-        for name in ("m", "other")
-    ]
+    both = {"path": str(folder), "replicas": 2, "train": True, "exact": True}
+    spec: dict[str, Any] = {
+        "models": [{"name": name, **both} for name in ("m", "other")],
+        "hosts": [{"count": 3}],
+        "endpoint": None,
+    }
     alone: dict[int, float] = {}
     found: dict[int, float] = {}
-    with (
-        running("exact", folder, hosts=[{"count": 3}], models=models) as pool,
-        ExitStack() as stack,
-    ):
+    with running("exact", folder, **spec) as pool, ExitStack() as stack:
         with worker(pool, 0, workers=1, trained="other") as only:
             losses(only, alone)
             assert only.wait(60) == 0

@@ -99,6 +99,7 @@ def test_after_close_gradients_are_pytorchs_own() -> None:
 
 def test_a_sparse_gradient_is_left_to_the_step_which_refuses_it() -> None:
     table = nn.Embedding(10, 4, sparse=True)
+    assert isinstance(table.weight, nn.Parameter)
     exact = ExactGradients({"p": table.weight})
     table(torch.tensor([1, 2])).sum().backward()
     assert table.weight.grad is not None and table.weight.grad.is_sparse
