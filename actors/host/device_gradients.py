@@ -73,7 +73,7 @@ class DeviceSums:
 
     An expert's sum stays where it is when the expert goes to another slot, and when it leaves. The
     sums of a layer are made when something is first added to one of its experts, for all of them
-    that are here then. They take 4 bytes a parameter, with ``exact`` 8, and are rounded once.
+    that are here then. They are float32, 4 bytes a parameter, or with ``exact`` float64.
     """
 
     def __init__(self, store: ExpertStore, *, exact: bool) -> None:
@@ -93,7 +93,7 @@ class DeviceSums:
             yield from map(key.expert, sums.experts())
 
     def take(self, key: ExpertKey) -> dict[str, Tensor]:
-        """Return an expert's gradients by name, in float32 and in the model's layout; forget them.
+        """Return an expert's gradients by name, in the model's layout, and forget them.
 
         The memory of a layer is freed with the last of its experts, so take layer after layer.
         """
@@ -139,8 +139,7 @@ class _LayerSums:
 
     def of(self, expert: int) -> Mapping[str, Tensor]:
         """Return an expert's sums in the layout of slots. Raises KeyError."""
-        found = self._sums.at(self._places[expert])
-        return {name: one.to(torch.float32) for name, one in found.items()}
+        return self._sums.at(self._places[expert])
 
     @torch.inference_mode(False)
     def _make_places(self, slots: LayerSlots) -> None:

@@ -48,7 +48,7 @@ class ExpertSums(Protocol):
         ...
 
     def take(self, key: ExpertKey, /) -> dict[str, Tensor]:
-        """Return an expert's gradients by name, in the wide type, and forget them."""
+        """Return an expert's gradients by name, as they were added up, and forget them."""
         ...
 
 
@@ -71,7 +71,8 @@ class HostGradients:
     def begin(self, attempt: Attempt, *, exact: bool = False) -> None:
         """Begin an attempt at a step, unless it is under way. Raises Superseded for an older one.
 
-        With ``exact`` the order in which parts arrive does not show in float32 sums.
+        With ``exact`` sums are float64, so the order in which parts arrive does not show in what
+        they are rounded to.
         """
         if self._contributions.begin(attempt):
             self._exact = exact

@@ -52,6 +52,7 @@ class RunTensors:
         self._step = 0  # steps that have led to the newest of these
         self._last: Commit | None = None
         self._attempt: Attempt | None = None
+        self._exact = False  # gradients of the attempt are float64
         self._own: dict[ExpertKey, Mapping[str, Tensor]] = {}
         self._summed: set[ExpertKey] = set()
         # What was put: gradients by key and source, weights and state by key and kind.
@@ -140,8 +141,8 @@ class RunTensors:
             found = "none" if self._attempt is None else self._attempt
             raise NotHere(f"{attempt}: {found} is under way on {self._host}")
 
-    def begin(self, attempt: Attempt) -> None:
-        """Begin an attempt, and forget the gradients of another one."""
+    def begin(self, attempt: Attempt, *, exact: bool = False) -> None:
+        """Begin an attempt, and forget the gradients of another one; see `HostGradients.begin`."""
         if attempt == self._attempt:
             return
         with self._holding():
@@ -149,11 +150,11 @@ class RunTensors:
             self._forget_gradients()
             self._summed.clear()
             self.gathered = None
-            self._attempt = attempt
+            self._attempt, self._exact = attempt, exact
 
     def gather(self, sums: ExpertSums) -> frozenset[ExpertKey]:
         """Take over what this host has added up in the attempt; return the experts."""
-        # If memory is short for rounding one of them, the call is repeated, and goes on there.
+        # If memory is short for copying one of them, the call is repeated, and goes on there.
         for key in list(sums):
             assert isinstance(key, ExpertKey)
             self._own[key] = sums.take(key)
@@ -293,7 +294,8 @@ class RunTensors:
         if key.kind != "state":
             # A trunk's gradients have any type: eight bytes are the most.
             of_masters = max((t.itemsize for _, t in forms.values()), default=0)
-            wide = 8 if key.key.layer == TRUNK else of_masters
+            is_wider = key.kind == "gradient" and self._exact
+            wide = 8 if is_wider or key.key.layer == TRUNK else of_masters
             sizes = [wide * math.prod(shape) for shape, _ in forms.values()]
             return sum(sizes) + _header(forms, 1)
         rule = self.owned.rule

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from ...cluster.expert_keys import SHARED, TRUNK, ExpertKey, ExpertVersion, LayerKey, is_shared
@@ -258,7 +259,7 @@ class HostTraining:
     def _begin(self, order: Begin) -> None:
         run = self._run_of(order.attempt.run)
         self._on_loop(lambda gradients: gradients.begin(order.attempt, exact=order.exact))
-        run.begin(order.attempt)
+        run.begin(order.attempt, exact=order.exact)
 
     def _gather(self, order: Gather) -> Gathered:
         run = self._run_at(order.attempt)
@@ -284,7 +285,10 @@ class HostTraining:
         return Prepared(squares)
 
     def _sum(self, run: RunTensors, order: Reduce, key: ExpertKey) -> dict[str, Tensor] | None:
-        """Return the sum of a key's gradients over its sources, in their order."""
+        """Return the sum of a key's gradients over its sources, in their order.
+
+        It is taken in the widest type that one of them has, and rounded once to the masters'.
+        """
         sources, sums = order.sources[key], dict[str, Tensor]()
         if not sources:
             return sums if sources is None else None
@@ -298,7 +302,7 @@ class HostTraining:
             wanted = BulkKey("gradient", key, attempt=order.attempt, source=source)
             with self._links.get(order.peers[source], wanted, timeout_s=FETCH_S) as found:
                 _add(sums, key, masters, found, copy=True)
-        return sums
+        return {name: one.to(masters[name].dtype) for name, one in sums.items()}
 
     def _commit(self, run: RunTensors, order: Commit) -> None:
         with self._owning():
@@ -438,16 +442,16 @@ def _add(
     *,
     copy: bool,
 ) -> None:
-    """Add the gradients of owned tensors up, in the masters' type and where these are."""
+    """Add the gradients of owned tensors up, where their masters are."""
     for name, master in masters.items():
         if name not in gradients:
             continue
         given = gradients[name]
         check_shape(key, name, given, master)
-        if name in sums:
-            sums[name].add_(given.to(master))
-        else:
-            sums[name] = given.to(master, copy=copy)
+        before = sums.get(name)
+        wide = torch.promote_types(given.dtype, master.dtype if before is None else before.dtype)
+        given = given.to(master.device, wide, copy=copy and before is None)
+        sums[name] = given if before is None else before.to(wide).add_(given)
 
 
 @contextmanager

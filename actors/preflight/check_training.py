@@ -86,8 +86,10 @@ def plan_training(spec: Spec, model: ModelSpec, described: ModelDescription) -> 
     rule, dtype = UpdateRule(ASSUMED), getattr(torch, model.dtype)
 
     def sizes(nbytes: int) -> TrainedBytes:
-        one = rule.bytes_of((nbytes // dtype.itemsize,), dtype)
-        return TrainedBytes(nbytes, one.gradient, one.gradient, one.master, one.state)
+        count = nbytes // dtype.itemsize
+        one = rule.bytes_of((count,), dtype)
+        added = torch.float64.itemsize * count if model.exact else one.gradient
+        return TrainedBytes(nbytes, one.gradient, added, one.master, one.state)
 
     return pool_memory(
         sizes(described.experts_bytes),

@@ -21,6 +21,7 @@ from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.placement import Placement
 from ...cluster.routing.events import Send
 from ...cluster.routing.expert_fallback import keep_top_experts
+from ...cluster.routing.layer_call import BACKWARD, EXACT_BACKWARD, FORWARD, CallKind
 from ...cluster.tracing.layers import LayerTrace
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import Frame, Reply
@@ -46,16 +47,17 @@ class LayerTensors:
         step: int = 0,
         half: BackwardHalf | None = None,
         keep: bool = False,
+        exact: bool = False,
     ) -> None:
         """Take the call's tensors; nothing is computed for the rows in ``without``.
 
         With ``half`` the call is a backward one; with ``keep`` one follows, so hosts keep
-        activations for it.
+        activations for it. With ``exact`` it is one of an exact model, whatever the placement says.
         """
         self.half = half
         self.key = key
         self.step = step  # the router's forward pass that this call belongs to
-        self.exact = placement is not None and key.model in placement.exact
+        self.exact = exact or (placement is not None and key.model in placement.exact)
         self.trace: LayerTrace | None = None  # of sampled requests
         self.keep = keep and not self.exact  # with `exact` each half has products of its own
         self.kept: list[Send] = []  # parts whose hosts may have kept activations
@@ -77,6 +79,12 @@ class LayerTensors:
         if rows:
             ids[[row for row in rows if row < self.tokens]] = -1
         self.ids_TK = ids
+
+    @property
+    def kind(self) -> CallKind:
+        if self.half is None:
+            return FORWARD
+        return EXACT_BACKWARD if self.exact else BACKWARD
 
     def keep_top_experts(self, most_T: np.ndarray) -> None:
         """Keep each row's ``most_T`` assignments of the largest weights; call before any send."""

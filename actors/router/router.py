@@ -25,7 +25,7 @@ from ...cluster.placement import Placement, PlacementId
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.events import RouterCommand
 from ...cluster.routing.expert_fallback import BatchExpertOptions
-from ...cluster.routing.layer_call import BACKWARD, FORWARD, LayerCall, Outcome
+from ...cluster.routing.layer_call import LayerCall, Outcome
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
 from ...kernels.ffn import ExpertForm
@@ -80,13 +80,13 @@ class Router:
         all of them (None: the system's). ``numa`` is the NUMA node that this process is pinned to,
         if it is to one. ``allocate`` returns addresses on ``device`` (None: of a CUDA device).
         """
-        self.name = name
-        self._clock = clock
+        self.name, self._clock = name, clock
         self.policy = policy or RouterPolicy()
         self._upkeep = Upkeep(name, self._look_after)
         self.expecting = self._upkeep.expecting
         self.batch = RowAttribution(name, self.has, self.expecting)
         self.step = 0  # forward passes that have begun
+        self.exact_models: set[str] = set()  # besides those of the placement
         self._log = CallLog(name)
         self._dispatcher = Dispatcher(self.policy)
         self._lent_experts = LentExperts(
@@ -330,8 +330,9 @@ class Router:
         with self._lock:
             self._check_open()
             self._waiting.listen()
-            given = self._dispatcher.placement, x_TH, ids_TK, weights_TK
-            tensors = LayerTensors(key, *given, without=self.batch.dead, step=self.step, keep=keep)
+            given = key, self._dispatcher.placement, x_TH, ids_TK, weights_TK
+            dead, exact = self.batch.dead, key.model in self.exact_models
+            tensors = LayerTensors(*given, without=dead, step=self.step, keep=keep, exact=exact)
             tensors.trace = self.batch.layer_trace
             options = self.batch.options(tensors.tokens, self.policy.deadline_s)
             if options is not None and options.experts_T is not None:
@@ -351,15 +352,14 @@ class Router:
         options: BatchExpertOptions | None = None,
         lent: LentPart | None = None,
     ) -> RunningCall:
-        half = tensors.half
         state, begun = self._dispatcher.begin(
             tensors.key,
             tensors.ids_TK,
             max_rows=self._connections.rows_per_call(tensors),
             now=began,
             patience_T=patience(options and options.patience_T, lent, tensors.tokens),
-            kind=FORWARD if half is None else BACKWARD,
-            like=() if half is None else half.forward,
+            kind=tensors.kind,
+            like=() if tensors.half is None else tensors.half.forward,
         )
         running = RunningCall(state, tensors, options, began, lent)
         self._shell.running[state.number] = running

@@ -11,6 +11,12 @@ from ...models.training.stand_ins import StandIn, StandIns
 from ...proto.errors import BadInput, StepLost
 from .training_run import TrainingRun
 
+_NO_NORM = (
+    "{} workers compute this step, and the gradients of the trunk that are here are one worker's; "
+    "clip_grad_norm_ would take them for those of all. Clip with PoolOptimizer(max_grad_norm=...), "
+    "which sees the norm of the whole step; `grad_norm` of the optimizer tells it after step()"
+)
+
 
 class ExpertGradients:
     """Gives stand-ins their gradients, and tells what became of them.
@@ -179,7 +185,8 @@ class ExpertGradients:
                 )
             return found[one.layer, one.name]
 
-        return Recorded(one.target, attempt, square)
+        no_norm = _NO_NORM.format(self._run.workers) if self._run.workers > 1 else ""
+        return Recorded(one.target, attempt, square, no_norm=no_norm)
 
     def _is_current(self, one: StandIn) -> bool:
         """Return whether it has a gradient of now. Raises BadInput for one that is not ours."""

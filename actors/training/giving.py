@@ -28,7 +28,8 @@ class GivenGradients:
     ) -> None:
         """Hosts know them as those of ``source``; ``threads`` give them away."""
         trained = plan.tensors.values()
-        self._nbytes = sum(one.nbytes for one in trained)
+        # In an exact run gradients are float64, and masters may be float32.
+        self._nbytes = sum(one.nbytes for one in trained) * (2 if plan.exact else 1)
         self._count = sum(len(one.groups) for one in trained)
         self._source = source
         self._links = links

@@ -72,7 +72,23 @@ class Learning:
         self._tokens = Counter[int]()  # whose gradients were added up, by layer
         self._assignments: dict[int, Tensor] = {}  # int64, up to the largest id that was chosen
         self._lent = LentLayers(router, model, dtype, sums_limit_bytes)
+        self._exact = False
         self._broken: str | None = None  # why gradients of the attempt may be missing
+
+    @property
+    def exact(self) -> bool:
+        """Whether results and gradients have the same bits whichever hosts compute them.
+
+        Then all calls are those of an exact model: hosts answer with a row for each assignment.
+        Backward calls are sent, whatever hosts lend.
+        """
+        return self._exact
+
+    @exact.setter
+    def exact(self, exact: bool) -> None:
+        self._exact = exact
+        models = self.router.exact_models
+        models.add(self._model) if exact else models.discard(self._model)
 
     def use(self, memory: SumMemory | None) -> None:
         """Forget what was added up here, and let the sums that follow lie in ``memory``."""
@@ -156,14 +172,15 @@ class Learning:
     ) -> Tensor:
         """Return a layer's result; ``call`` keeps what its backward half needs, if it may."""
         if call is not None:
-            found = self._lent.forward(key, x_TH, ids_TK, weights_TK)
+            found = None if self._exact else self._lent.forward(key, x_TH, ids_TK, weights_TK)
             if found is not None:
                 out_TH, call.kept = found
                 return out_TH
             call.sent = True
-        out_TH = self.router.compute_all(key, x_TH, ids_TK, weights_TK)
-        if out_TH is not None:
-            return out_TH
+        if not self._exact:
+            out_TH = self.router.compute_all(key, x_TH, ids_TK, weights_TK)
+            if out_TH is not None:
+                return out_TH
         sent = self.router.dispatch(key, x_TH, ids_TK, weights_TK, keep=call is not None)
         out_TH = sent.combine()
         if call is not None:
@@ -229,7 +246,8 @@ class Learning:
             forward=call.parts,
         )
         router = self.router
-        tensors = LayerTensors(key, router.placement, x_TH, ids_TK, weights_TK, half=half)
+        given = key, router.placement, x_TH, ids_TK, weights_TK
+        tensors = LayerTensors(*given, half=half, exact=self._exact)
         outcome, parts = router.backward(tensors)
         self._parts[place] += parts
         if not outcome.ok:

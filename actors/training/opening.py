@@ -42,6 +42,9 @@ def open_run(
     Raises ClusterError.
     """
     redundancy, exact, succeed, crew = options
+    if exact is None:
+        placement = trunk.learning.router.placement
+        exact = placement is not None and model in placement.exact
     asked = TrainingRequest(model, getpass.getuser(), succeed, crew.workers)
     begun = begin_run(namespace, asked)
     pool = RayTrainingPool(namespace, begun.run, model)

@@ -40,6 +40,7 @@ from ...proto.errors import (
     describe_error,
 )
 from ..transport.bulk.links import BulkLinks
+from .exact_gradients import ExactGradients
 from .giving import GivenGradients
 from .lead.coordination import Coordination, ExpertSums, Learned, TrunkSums, Where
 from .lead.driver import PUBLISH_S, finish
@@ -109,6 +110,10 @@ class PoolRun:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="bulk")
         self._given = GivenGradients(plan, self._worker.name, links, self._threads)
         trunk.learning.use(self._given.memory)
+        trunk.learning.exact = plan.exact
+        trained = [name for names in self._blocks.values() for name in names]
+        exactly = {name: self._parameters[name] for name in trained if plan.exact}
+        self._exact = ExactGradients(exactly)
         try:
             self._where = lead.enter(self._worker)
             if self._where is not None:
@@ -194,6 +199,8 @@ class PoolRun:
         weights. Raises StepLost.
         """
         self._reduced()
+        if self._plan.exact:
+            trunk = self._exact.take(trunk)
         given = {
             key: {name: trunk[name] for name in names if name in trunk}
             for key, names in self._blocks.items()
@@ -323,6 +330,7 @@ class PoolRun:
         self._threads.shutdown(cancel_futures=True)
         self._lead.leave(self._worker)
         self._links.close()
+        self._exact.close()
         self._trunk.learning.use(None)
         self._given.close()
 
@@ -336,6 +344,7 @@ class PoolRun:
     def _begin(self, stand: Stand) -> None:
         """Begin with an attempt; the trunk gets its weights, unless it has them."""
         self._stand, self._where = stand, None
+        self._exact.clear()
         self._sums, self._given_trunk, self._lost = None, False, ""
         learning = self._trunk.learning
         if stand.placed is not None:

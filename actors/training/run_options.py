@@ -24,7 +24,7 @@ class RunOptions(NamedTuple):
     """How a process begins a run, or takes part in one."""
 
     redundancy: int | None = None  # how many hosts may be lost with what they own; None: as in spec
-    exact: bool = False  # sums of gradients do not depend on the order in which they arrive
+    exact: bool | None = None  # who computes what does not change a bit; None: as in the spec
     succeed: bool = False  # it takes the place of a process that is gone
     crew: Crew = ALONE
 

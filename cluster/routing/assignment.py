@@ -33,7 +33,8 @@ def choose_hosts(
 
     The placement's shares choose the host for each run of ``split_rows`` assignments of one expert.
     If that host is not usable, or not of the best rank, the run goes to usable hosts of the highest
-    rank available. Then `level_load` evens out the load of hosts, in pieces of half a run.
+    rank available. Then `level_load` evens out the load of hosts, in pieces of half a run. If the
+    call's kind keeps rows together, all assignments of an expert go to the same host instead.
     """
     if not routes.hosts:
         return np.full(assignment_n.size, -1)  # no host is placed at the moment
@@ -44,7 +45,8 @@ def choose_hosts(
     # Shape (n,): the step of the shares' round robin (`LayerRoutes.table_ES`). It advances with
     # every call, and within a call after each run of `split_rows` assignments of one expert. Small
     # calls keep each expert's rows together on one replica.
-    if call.tokens > split_rows:
+    together = call.kind.together
+    if call.tokens > split_rows and not together:
         step_n = call.rotation + rank_within_expert(ids_n) // split_rows
         host_n = layer.table_ES[ids_n, step_n % SHARE_STEPS]
     else:  # a token chooses an expert once
@@ -54,7 +56,8 @@ def choose_hosts(
     best_H = usable_H & (rank_H == BEST_RANK)
     if best_H.all() and not call.avoid:
         # Only experts without any replica have no host now.
-        if layer.has_load_shares and host_n.size >= piece and host_n.min() >= 0:
+        may_level = layer.has_load_shares and not together
+        if may_level and host_n.size >= piece and host_n.min() >= 0:
             level_load(host_n, ids_n, layer, best_H, piece=piece)
         return host_n
     if step_n is None:
@@ -72,7 +75,7 @@ def choose_hosts(
         if others.size:
             others = others[rank_H[others] == rank_H[others].max()]
         host_n[mine] = others[step_n[mine] % others.size] if others.size else -1
-    if not call.avoid and (host_n >= 0).all():
+    if not together and not call.avoid and (host_n >= 0).all():
         level_load(host_n, ids_n, layer, best_H, piece=piece)
     return host_n
 

@@ -40,7 +40,7 @@ from .events import (
 from .hedging import Hedging
 from .host_health import HostHealth
 from .host_registry import HostRegistry
-from .layer_call import FORWARD, CallKind, InFlightSend, LayerCall, Sending
+from .layer_call import FORWARD, ROWS_TOGETHER, CallKind, InFlightSend, LayerCall, Sending
 from .policy import RouterPolicy
 from .row_grouping import SendRows
 from .step_versions import StepVersions
@@ -170,7 +170,7 @@ class Dispatcher:
             kind=kind,
             key=key,
             top_k=ids_TK.shape[1],
-            max_rows=max_rows,
+            max_rows=min(max_rows, ROWS_TOGETHER) if kind.together else max_rows,
             deadline=now + self.policy.deadline_s,
             rotation=self._rotations[key],
             ids_N=ids_N,

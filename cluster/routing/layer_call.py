@@ -34,6 +34,9 @@ class CallKind:
     hedges: bool  # a late send is repeated on another replica, and the first answer counts
     moves: bool  # what one host does not answer in time another computes, unless it does at last
     counts: bool  # its assignments are load, and its answers show how fast a host is
+    # Which of an expert's rows are computed at once does not depend on hosts: all of the same
+    # `ROWS_TOGETHER` tokens are.
+    together: bool = False
 
 
 # The same answer twice does no harm.
@@ -41,6 +44,10 @@ FORWARD = CallKind(hedges=True, moves=True, counts=True)
 # A host that computes gradients also adds them up. So a part stays with the host that it was sent
 # to, which knows it by its number, and is lost with it. Its tokens were counted on their way there.
 BACKWARD = CallKind(hedges=False, moves=False, counts=False)
+# The bits of an expert's gradient depend on which rows went through one product.
+EXACT_BACKWARD = replace(BACKWARD, together=True)
+# So few that they fit into one call to any host, whatever it is reached over.
+ROWS_TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +165,10 @@ class LayerCall:
                     own_n = host_n == index
                     split_n = index + len(hosts) * (1 + self.ids_N[assignment_n])
                     group_n = np.where(own_n, split_n, group_n)
+        if self.kind.together and self.tokens > self.max_rows:
+            groups = len(hosts) * (1 + int(group_n.max(initial=0)) // len(hosts))
+            later_n = groups * (assignment_n // self.top_k // self.max_rows)
+            group_n = np.where(group_n < 0, group_n, group_n + later_n)
         for group, rows in rows_of_groups(
             assignment_n, group_n, self.ids_N, self.top_k, self.max_rows
         ):

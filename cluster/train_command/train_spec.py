@@ -82,8 +82,9 @@ class OptimizerSpec(Part):
     """The norm of all gradients is clipped to this; null: it is not."""
     redundancy: Annotated[int, Field(ge=0)] | None = None
     """How many hosts may be lost with what they own; null: `balance.redundancy` of the cluster."""
-    exact: bool = False
-    """Whether sums of gradients are independent of the order in which they arrive."""
+    exact: bool | None = None
+    """Whether the run has the same bits, whoever computes what (docs/training.md). Default `null`:
+    as `exact` of the model in the cluster's spec."""
 
 
 class ScheduleSpec(Part):

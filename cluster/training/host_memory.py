@@ -40,9 +40,8 @@ class HostMemory:
     masters: int = 0
     state: int = 0
     added: int = 0  # gradients of the experts that are served, while calls are added to them
-    gathered: int = 0  # the same gradients in their own type, closed for calls
-    # Gradients of what is owned, where they are other tensors than the gathered ones: sums over
-    # several hosts, and what a trunk has put.
+    # Gradients of what is owned, where they are other tensors than the added ones: sums over
+    # several hosts, sums that are rounded to another type, and what a trunk has put.
     sums: int = 0
     kept: int = 0  # activations of forward calls, until their backward calls
 
@@ -63,9 +62,7 @@ class HostMemory:
     @property
     def reduced(self) -> int:
         """Once gradients are summed up."""
-        # Only sums of another type are rounded into memory of their own.
-        rounded = self.gathered if self.gathered < self.added else 0
-        return self.at_rest + rounded + self.sums
+        return self.at_rest + self.sums
 
     @property
     def peak(self) -> int:
@@ -115,12 +112,11 @@ def memory_of_hosts(
             memory = found[host]
             memory.weights += one.version
             memory.added += 0 if lent else one.added
-            memory.gathered += 0 if lent else one.gradient
         for host in owners.get(key, ()):
             memory = found[host]
             memory.masters += one.master
             memory.state += one.state
-            if lent or set(serving) != {host}:
+            if lent or set(serving) != {host} or one.added > one.gradient:
                 memory.sums += one.master
     return dict(found)
 
@@ -130,14 +126,14 @@ def pool_memory(
 ) -> HostMemory:
     """Return what all hosts take together, where all experts and the whole trunk are trained."""
     owners, replicas = min(1 + redundancy, hosts), min(replicas, hosts)
-    # A host that owns an expert and alone serves it sums nothing up.
-    apart = owners if replicas > 1 else owners - 1
+    # A host that owns an expert and alone serves it sums nothing up, unless it has to round.
+    sums_are_own = replicas > 1 or experts.added > experts.gradient
+    apart = owners if sums_are_own else owners - 1
     return HostMemory(
         weights=replicas * experts.version,
         masters=owners * (experts.master + trunk.master),
         state=owners * (experts.state + trunk.state),
         added=replicas * experts.added,
-        gathered=replicas * experts.gradient,
         sums=apart * experts.master + owners * trunk.master,
     )
 

@@ -30,7 +30,8 @@ class BulkKey(NamedTuple):
     """Names tensors that travel between processes: of one key, by their names in the pool.
 
     - "weights": a version of what is served, in the model's type;
-    - "gradient": what ``source`` has added up in an attempt, in the wide type (a trunk's: any);
+    - "gradient": what ``source`` has added up in an attempt, in the wide type (in an exact attempt
+      float64, and a trunk's in any);
     - "state": what an owner keeps after the last commit (`OwnedTensors.state`).
     """
 

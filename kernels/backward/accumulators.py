@@ -76,9 +76,11 @@ class GradientAccumulators:
     A sum is in the wide type: float32, or float64 for float64 experts. It is made when something is
     first added, so experts that no token has used have none and take no memory.
 
-    With ``exact`` sums are float64 and are rounded once, when they are taken. Sums in two orders
-    differ by some 2^-52 of their largest term, and that shows in float32 only across a border of
-    its rounding. In the sums of float64 experts the order shows.
+    With ``exact`` sums are float64, also when they are taken: who adds several of them up rounds
+    the result once. Each gradient that is added was rounded to float32 before, so a sum is exact
+    unless its terms are more than 2^29 apart; otherwise sums in two orders differ by some 2^-52 of
+    their largest term, and that shows in float32 only across a border of its rounding. In the sums
+    of float64 experts the order shows.
 
     All sums are ordinary tensors, even if they are added to inside of `torch.inference_mode`, so
     any thread may add to them; but one at a time, because nothing here takes a lock.
@@ -153,13 +155,11 @@ class GradientAccumulators:
         }
 
     def take(self, key: Hashable) -> dict[str, Tensor]:
-        """Return an expert's gradients by name, in the wide type, and forget them.
+        """Return an expert's gradients by name, as they were added up, and forget them.
 
         An expert that nothing was added to has none: KeyError.
         """
-        taken = {name: one.rounded() for name, one in self._sums[key].items()}
-        del self._sums[key]  # not before it is rounded, for which memory may be short
-        return taken
+        return {name: one.sum for name, one in self._sums.pop(key).items()}
 
     def clear(self) -> None:
         self._sums.clear()

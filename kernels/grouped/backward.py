@@ -45,7 +45,7 @@ class SlotGradients:
     def zeros(
         cls, slots: LayerSlots, *, places: int | None = None, exact: bool = False
     ) -> SlotGradients:
-        """Make sums in float32, or with ``exact`` in float64, to be rounded once.
+        """Make sums in float32, or with ``exact`` in float64.
 
         They have so many ``places`` (None: one for each slot, whatever layer it is of).
         """

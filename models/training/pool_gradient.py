@@ -28,6 +28,7 @@ class Recorded:
     attempt: object  # for whom it was added up; compared by identity
     square: Callable[[], float]  # returns the sum of squares of all elements; may take long
     factor: float = 1.0  # by which the gradient was multiplied since
+    no_norm: str = ""  # why nobody may take its norm; empty: everybody may
 
     @property
     def norm(self) -> float:
@@ -39,9 +40,9 @@ class PoolGradient(Tensor):
 
     It has the stand-in's shape, dtype and device, and no elements. Its norm (2-norm alone) is that
     of the sum, in float32, or float64 for float64 models; it is asked for when it is needed, which
-    ends the collection of gradients. Multiplications by a number or a tensor without dimensions are
-    written down in ``recorded.factor``, by which the optimizer's owners multiply. All else raises
-    BadInput.
+    ends the collection of gradients; or it is refused, if ``recorded.no_norm`` says why.
+    Multiplications by a number or a tensor without dimensions are written down in
+    ``recorded.factor``, by which the optimizer's owners multiply. All else raises BadInput.
     """
 
     recorded: Recorded
@@ -98,6 +99,8 @@ def _number(func: Any, args: Sequence[Any], value: Any) -> float:
 def _norm(func: Any, gradient: PoolGradient, order: Any, dtype: torch.dtype | None) -> Tensor:
     if float(order) != 2.0:
         raise _refused(func, [gradient], f"norm_type is {order}, and only 2 is known of experts")
+    if why := gradient.recorded.no_norm:
+        raise BadInput(f"the norm of the gradient of {gradient.recorded.name}: {why}")
     dtype = wide_dtype(gradient.dtype) if dtype is None else dtype
     return torch.tensor(gradient.recorded.norm, dtype=dtype, device=gradient.device)
 

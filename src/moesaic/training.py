@@ -37,7 +37,7 @@ class PoolOptimizer(RunOptimizer):
         max_grad_norm: float | None = None,
         not_finite: Literal["stop", "skip"] = "stop",
         redundancy: int | None = None,
-        exact: bool = False,
+        exact: bool | None = None,
         succeed: bool = False,
         workers: int | None = None,
         **hyperparameters: object,
@@ -50,10 +50,11 @@ class PoolOptimizer(RunOptimizer):
         the trainer does not. Gradients that are not finite raise BadExpert, or with
         ``not_finite="skip"`` the step is skipped with a warning. ``redundancy`` is how many hosts
         may be lost with what they own (None: `balance.redundancy`); with 0 a run whose host dies
-        has to go back to a checkpoint. ``exact``: sums of gradients do not depend on the order in
-        which they arrive. ``succeed`` goes on with the run that trains the model, in the place of a
-        process that is gone: after its last step, with its optimizer's state; ``run.step`` is the
-        number of steps that are done. Whatever the other process still sends is refused.
+        has to go back to a checkpoint. With ``exact`` (None: as the model's in the spec) the steps
+        have the same bits whoever computes what, which is slower. ``succeed`` goes on with the run
+        that trains the model, in the place of a process that is gone: after its last step, with its
+        optimizer's state; ``run.step`` is the number of steps that are done. Whatever the other
+        process still sends is refused.
 
         ``workers`` processes train together, each with a trunk of its own and a part of every step
         (None: WORLD_SIZE of the environment, as torchrun and Ray Train set it, or one). All of them

@@ -20,7 +20,7 @@ import moesaic
 from moesaic.actors.runtime.ray_border import namespace_of
 from moesaic.handle import Cluster
 from tests.helpers.paths import ROOT
-from tests.helpers.processes.live import ON_RAY, running, wait_until
+from tests.helpers.processes.live import ON_RAY, processes_of, running, wait_until
 from tests.helpers.training.crews import MAX_NORM, one_step, plain_losses
 from tests.integration.conftest import save_model
 
@@ -34,10 +34,10 @@ work(*sys.argv[1:])
 """
 
 
-def work(name: str, *succeeds: str) -> None:
-    """One of two workers: print the number of each step and its loss."""
+def work(name: str, trained: str, *succeeds: str) -> None:
+    """One of the workers: print the number of each step and its loss."""
     cluster = moesaic.connect(name)
-    model = cluster.from_pretrained("m", train=True)
+    model = cluster.from_pretrained(trained, train=True)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": MAX_NORM}
     with moesaic.PoolOptimizer(
         model, cluster, redundancy=1, succeed=bool(succeeds), **options
@@ -61,10 +61,12 @@ def pool(folder: Path) -> Iterator[Cluster]:
 
 
 @contextmanager
-def worker(pool: Cluster, rank: int, *succeeds: str) -> Iterator[subprocess.Popen[str]]:
-    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}
+def worker(
+    pool: Cluster, rank: int, *succeeds: str, workers: int = 2, trained: str = "m"
+) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(workers)}
     with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, pool.name, *succeeds],
+        [sys.executable, "-c", SCRIPT, pool.name, trained, *succeeds],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -131,3 +133,32 @@ def test_workers_and_the_run_are_killed_and_no_loss_differs(pool: Cluster, folde
     )
     wait_until(lambda: pool.status().training is None)
     wait_until(lambda: not run_actors(pool))
+
+
+@pytest.mark.timeout(560)
+def test_with_exact_neither_workers_nor_kills_change_a_bit_of_the_losses(folder: Path) -> None:
+    """The spec says so, and not the optimizer. Here each process has its memory and its threads."""
+    both = {"path": str(folder), "replicas": 2, "train": True, "exact": True}
+    spec: dict[str, Any] = {
+        "models": [{"name": name, **both} for name in ("m", "other")],
+        "hosts": [{"count": 3}],
+        "endpoint": None,
+    }
+    alone: dict[int, float] = {}
+    found: dict[int, float] = {}
+    with running("exact", folder, **spec) as pool, ExitStack() as stack:
+        with worker(pool, 0, workers=1, trained="other") as only:
+            losses(only, alone)
+            assert only.wait(60) == 0
+        first, second = (stack.enter_context(worker(pool, rank)) for rank in range(2))
+        losses(first, found, 1)
+        os.kill(processes_of(pool)["host-1"].pid, signal.SIGKILL)
+        losses(first, found, 1)
+        second.kill()
+        third = stack.enter_context(worker(pool, 1, "succeeds"))
+        losses(first, found, 1)
+        os.kill(pid_of_run(pool), signal.SIGKILL)
+        losses(first, found)
+        assert first.wait(60) == third.wait(60) == 0
+    assert sorted(found) == list(range(1, STEPS + 1))
+    assert found == alone

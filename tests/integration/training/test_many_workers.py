@@ -104,3 +104,34 @@ def test_workers_that_disagree_are_told_so(folder: Path) -> None:
     with training_pool(folder, hosts=2) as pool:
         first, second = together(pool, folder, ["a", "b"], act)
         assert first == second
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("alike", [False, True])
+def test_one_workers_norm_is_refused_when_it_is_asked_for(
+    folder: Path, alike: bool, foreach: bool | None
+) -> None:
+    """Also where all have the same microbatch, and so the same norm: not that of the step."""
+
+    def act(model: Any, optimizer: RunOptimizer) -> float | None:
+        run: Any = optimizer.run
+        _, count = backward(model, [microbatches(0)[0 if alike else run.number]])
+        with pytest.raises(BadInput, match=r"2 workers .* PoolOptimizer\(max_grad_norm=...\)"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM, foreach=foreach)
+        optimizer.step(weight=count)  # nothing was multiplied by anything
+        return optimizer.grad_norm
+
+    with training_pool(folder, hosts=2) as pool:
+        first, second = together(pool, folder, ["a", "b"], act)
+        assert first == second
+
+
+def test_a_worker_that_is_alone_clips_as_it_likes(folder: Path) -> None:
+    def act(model: Any, optimizer: RunOptimizer) -> None:
+        backward(model, microbatches(0)[:1])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        assert optimizer.grad_norm == pytest.approx(min(float(norm), MAX_NORM), rel=1e-4)
+
+    with training_pool(folder, hosts=2) as pool:
+        together(pool, folder, ["a"], act)

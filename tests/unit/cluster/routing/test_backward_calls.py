@@ -10,7 +10,7 @@ import pytest
 
 from moesaic.cluster.placement import LayerPlacement, PlacementId
 from moesaic.cluster.routing.events import Send
-from moesaic.cluster.routing.layer_call import BACKWARD
+from moesaic.cluster.routing.layer_call import BACKWARD, EXACT_BACKWARD, ROWS_TOGETHER
 from tests.helpers.cluster.worlds import KEY, World
 from tests.unit.cluster.routing.test_dispatch import POLICY, connected, ids
 
@@ -165,3 +165,36 @@ def test_parts_that_were_not_sent_yet_are_not_lost_with_their_host(ends: str) ->
     world.settle()
     assert backward.state.outcome is not None
     assert backward.state.outcome.lost.tolist() == lost
+
+
+def rows_together(sends: Sequence[Send]) -> set[tuple[int, ...]]:
+    """The assignments of one expert in one send, for each of both."""
+    return {
+        tuple(send.assignment_tk[send.ids_tk == expert].tolist())
+        for send in sends
+        for expert in np.unique(send.ids_tk[send.ids_tk >= 0])
+    }
+
+
+@pytest.mark.parametrize(("tokens", "max_rows"), [(40, 64), (40, 7), (600, 512)])
+@pytest.mark.parametrize("window", [1, 4])
+def test_which_rows_of_an_expert_are_together_depends_on_no_host(
+    tokens: int, max_rows: int, window: int
+) -> None:
+    """Also where some of them wait for room, a host is busy, and each call takes other replicas."""
+    ids_TK, chunk = ids(tokens, 3), min(max_rows, ROWS_TOGETHER)
+    chunk_TK = np.arange(tokens)[:, None] // chunk
+    wanted = {
+        tuple(np.flatnonzero((ids_TK == expert) & (chunk_TK == at)).tolist())
+        for expert in range(8)
+        for at in range(chunk_TK.max() + 1)
+    } - {()}
+    for hosts, replicas in ((1, 1), (3, 1), (3, 3), (4, 2)):
+        world = connected(hosts, replicas, replace(POLICY, window=window))
+        for _ in range(3):
+            call = world.begin(ids_TK, max_rows=max_rows, kind=EXACT_BACKWARD)
+            for busy in [host for host in world.hosts.values() if host.inbox][:1]:
+                world.refuse(busy, 0, "Busy")
+            world.settle()
+            world.check_whole()
+            assert rows_together(call.answers) == wanted

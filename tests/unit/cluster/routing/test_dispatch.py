@@ -13,7 +13,7 @@ from moesaic.cluster.placement import LayerPlacement, Replica
 from moesaic.cluster.routing.dispatch import Dispatcher
 from moesaic.cluster.routing.events import Connect, Disconnect, HostUp, Ponged, Probe, Send
 from moesaic.cluster.routing.host_health import HostState
-from moesaic.cluster.routing.layer_call import BACKWARD, FORWARD
+from moesaic.cluster.routing.layer_call import BACKWARD, EXACT_BACKWARD, FORWARD
 from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.cluster.worlds import KEY, World, placement
 from tests.helpers.effort import tries
@@ -71,7 +71,7 @@ def test_no_choice_is_lost_doubled_or_wrong(data: st.DataObject) -> None:
 
 
 def begin(world: World, data: st.DataObject, tokens: int, top_k: int, seed: int) -> None:
-    kind = data.draw(st.sampled_from([FORWARD, BACKWARD]))
+    kind = data.draw(st.sampled_from([FORWARD, BACKWARD, EXACT_BACKWARD]))
     max_rows = data.draw(st.integers(1, 5))
     before = [call for call in world.calls.values() if call.answers]
     if kind is BACKWARD and before and data.draw(st.booleans()):
