@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from .actors.training.optimizer import RunOptimizer
 from .actors.training.run_options import RunOptions, crew_of
 from .cluster.train_command.train_spec import TrainSpec, load_train_spec
+from .cluster.training.runs import RUN_LEASE_S
+from .proto.errors import ClusterError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
     from .actors.training.command.command import Watcher
     from .cluster.reports.training import TrainReport
     from .handle import Cluster
+
+# How long after its lease the controller may take to say that a run has ended.
+_LEASE_MARGIN_S = 10.0
 
 
 class PoolOptimizer(RunOptimizer):
@@ -98,6 +105,7 @@ def train(
 
     given = spec if isinstance(spec, TrainSpec) else load_train_spec(Path(spec))
     cluster = connect(given.cluster)
+    watcher = watcher or Quiet()
     return run_command(
         cluster._join(),
         cluster._model(given.model),
@@ -105,5 +113,20 @@ def train(
         resume=resume,
         only_check=check,
         stop=stop or Event(),
-        watcher=watcher or Quiet(),
+        watcher=replace(watcher, ready=lambda: _await_end(cluster, watcher.said)),
     )
+
+
+def _await_end(cluster: Cluster, said: Callable[[str], None]) -> None:
+    """Wait for the end of a run whose processes are gone, as its lease is not over at once."""
+    until, told = time.monotonic() + RUN_LEASE_S + _LEASE_MARGIN_S, False
+    while (run := cluster.status().training) is not None:
+        if not told:
+            said(f"run {run.run} trains {run.model}; waiting for its end")
+            told = True
+        if time.monotonic() >= until:
+            raise ClusterError(
+                f"run {run.run} of {run.initiator} trains {run.model}, and goes on; one run trains "
+                "at a time"
+            )
+        time.sleep(1.0)

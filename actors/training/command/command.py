@@ -30,6 +30,7 @@ class Watcher:
 
     said: Callable[[str], None] = log.info  # a line for people
     packed: Callable[[int], None] = lambda _: None  # how many documents are packed
+    ready: Callable[[], None] = lambda: None  # all is checked; it may wait for another run's end
     recorded: Callable[[Record], None] = lambda _: None
     began: Callable[[WorkerCrew], None] = lambda _: None
     # The balancedness of the model's hosts, if it is known; it is asked for now and then.
@@ -53,14 +54,16 @@ def run_command(
     """
     folder = RunFolder(Path(spec.checkpoints.folder).absolute())
     check(spec, ref)
-    folder.check(spec, resume=resume, told=watcher.said)
-    prepared = prepare(spec, ref, folder, resume=resume, packed=watcher.packed)
-    watcher.said(prepared.words(spec))
-    if not only_check:
-        folder.begin(spec)
-        work = Work(namespace=namespace, model=ref, spec=spec, folder=folder.path)
-        _follow(work, folder, stop, watcher)
-    return _report(folder, spec, ref.name)
+    with folder.claimed():
+        folder.check(spec, resume=resume, told=watcher.said)
+        prepared = prepare(spec, ref, folder, resume=resume, packed=watcher.packed)
+        watcher.said(prepared.words(spec))
+        if not only_check and not stop.is_set():
+            watcher.ready()
+            folder.begin(spec)
+            work = Work(namespace=namespace, model=ref, spec=spec, folder=folder.path)
+            _follow(work, folder, stop, watcher)
+        return _report(folder, spec, ref.name)
 
 
 def _follow(work: Work, folder: RunFolder, stop: Event, watcher: Watcher) -> None:
@@ -70,6 +73,8 @@ def _follow(work: Work, folder: RunFolder, stop: Event, watcher: Watcher) -> Non
     with Events(folder.events) as events:
         if not events.writes:
             watcher.said("TensorBoard is not installed, so no events are written for it")
+        count = work.spec.workers.count
+        watcher.said(f"starting {count} worker{'s' if count > 1 else ''}")
         crew = WorkerCrew(work, told=watcher.said)
         try:
             watcher.began(crew)
@@ -95,7 +100,7 @@ def _follow(work: Work, folder: RunFolder, stop: Event, watcher: Watcher) -> Non
 def _report(folder: RunFolder, spec: TrainSpec, model: str) -> TrainReport:
     found, _ = folder.records()
     steps, held_out = history(found)
-    newest = folder.newest() if folder.checkpoints.is_dir() else None
+    newest = folder.newest()
     seconds = sum(one.seconds for one in steps)
     return TrainReport(
         model=model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 START_S = 180.0
 # How many workers may be lost before the run makes another step.
 MOST_LOSSES = 5
+# How often a worker is asked whether it lives, and how long it may take to say so.
+_ASK_EVERY_S, FROZEN_S = 5.0, 60.0
 # Methods of a worker that run at once: `run`, and those that come meanwhile.
 _CALLS = 4
 
@@ -34,6 +37,7 @@ class WorkerCrew:
         self._told = told
         self._workers: dict[int, Any] = {}
         self._runs: dict[Any, int] = {}  # number of the worker by the future of its `run`
+        self._asked: dict[int, tuple[float, Any]] = {}  # since when a worker is to answer, and what
         self._losses = 0
         self._step = -1
         self._stops = False  # all are told to
@@ -77,6 +81,7 @@ class WorkerCrew:
         """
         if step != self._step:
             self._step, self._losses = step, 0
+        self._end_frozen(time.monotonic())
         ended, _ = ray.wait(list(self._runs), num_returns=1, timeout=timeout_s)
         for one in ended:
             number = self._runs.pop(one)
@@ -91,6 +96,19 @@ class WorkerCrew:
                 raise InternalError(f"worker {number}: {describe_error(error.cause)}") from error
         return not self._runs
 
+    def _end_frozen(self, now: float) -> None:
+        """End workers that do not answer, as if they were gone: the others wait for them."""
+        for number in self._runs.values():
+            worker = self._workers[number]
+            since, asked = self._asked.get(number, (now - _ASK_EVERY_S, None))
+            answered = asked is None or bool(ray.wait([asked], timeout=0)[0])
+            if answered and now - since >= _ASK_EVERY_S:
+                self._asked[number] = now, worker.pid.remote()
+            elif not answered and now - since >= FROZEN_S:
+                self._told(f"worker {number} has not answered for {FROZEN_S:g} s, and is ended")
+                self._asked.pop(number)
+                ray.kill(worker)
+
     def _replace(self, number: int, why: str) -> None:
         if self._ends:
             log.warning("worker %d is gone after the end of the run: %s", number, why)
@@ -101,7 +119,10 @@ class WorkerCrew:
                 f"{self._losses} workers were lost after step {self._step}; the last one: worker "
                 f"{number}: {why}. `moesaic logs worker` has what they said"
             )
-        self._told(f"worker {number} is gone ({why}); another one takes its place")
+        self._asked.pop(number, None)
+        # Ray goes on with what may have been the reason.
+        said = why.partition(". ")[0]
+        self._told(f"worker {number} is gone ({said}); another one takes its place")
         self._start(number, again=True)
 
     def stop(self) -> None:

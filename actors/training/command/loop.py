@@ -107,7 +107,6 @@ class TrainingLoop:
         self._lost = False  # the attempt, and it is to begin anew
         self._unwritten: list[Record] = []  # which the worker that writes may not have written
         self._known: set[tuple[type, int]] | None = None  # what is recorded; None: not looked yet
-        self._evaluated: int | None = None  # the last step after which that was done
         self._saving: tuple[int, Saving] | None = None
         self._saved_step: int | None = None  # None: not looked yet
         self._saved_at = time.monotonic()
@@ -137,7 +136,9 @@ class TrainingLoop:
                     self._begin_anew()
                 return act()
             except BadExpert as error:
-                raise BadExpert(f"step {self._run.step + 1}: {error}") from error
+                advice = self._optimizer.if_not_finite
+                said = str(error)
+                raise BadExpert(said if advice in said else f"{said}. {advice}") from error
             except (Superseded, NoRun):
                 raise
             except (StepLost, StateLost, ExpertUnavailable, ClusterError, Retryable) as error:
@@ -189,7 +190,6 @@ class TrainingLoop:
                 log.warning("another checkpoint has come meanwhile; the newest is chosen anew")
         log.info("the run goes on after step %d", self._run.step)
         self._known, self._unwritten, self._saved_step = None, [], None
-        self._evaluated = None
         self._watch = RoutingWatch()
 
     # ---- one step -------------------------------------------------------------------------------
@@ -201,12 +201,9 @@ class TrainingLoop:
         due = evaluation is not None and (
             step % evaluation.every_steps == 0 or step == self._spec.steps
         )
-        if due and self._evaluated != step and step in self._evaluations():
-            self._evaluated = step
-        # A worker that has come in the place of another one knows neither.
-        done, stops = run.total(
-            "begin", (float(self._evaluated == step), float(self._stop.is_set()))
-        )
+        done = due and step in self._evaluations()
+        # Not all may have been told to stop.
+        done, stops = run.total("begin", (float(done), float(self._stop.is_set())))
         leads = run.number == 0
         if leads:
             self._catch_up(step)
@@ -368,7 +365,6 @@ class TrainingLoop:
         self._unwritten.append(
             HeldOutRecord(step=step, held_out_loss=loss / targets, held_out_targets=int(targets))
         )
-        self._evaluated = step
         if leads:
             self._catch_up(step)
         self._began = time.monotonic()

@@ -82,7 +82,12 @@ def prepare(
     """
     assert ref.path is not None, "it was checked"
     given, model = spec.data, Path(ref.path)
-    if not (resume and folder.tokens.exists()):
+    if resume and not folder.tokens.exists():
+        raise CheckpointError(
+            f"{folder.tokens}: the packed documents of the run are gone, so it cannot go on with "
+            "the same sequences; begin one in another folder"
+        )
+    if not resume:
         source = Source(Path(given.path).absolute(), given.format, given.pattern)
         about = made_from(source, model, given.learn)
         if not is_current(folder.tokens, about):

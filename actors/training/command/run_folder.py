@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ....cluster.train_command.records import Record, StepRecord, line_of, record_of
 from ....cluster.train_command.train_spec import TrainSpec, differences
 from ....models.export.training_checkpoint import TrainingCheckpoint, keep_last, list_checkpoints
@@ -31,6 +33,24 @@ class RunFolder:
         self._begun_with = path / "run.json"
         self._pending = path / "step.pending"
         self._adds = False
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Have the folder for oneself. Raises SpecError if another process has it."""
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise SpecError(
+                    f"checkpoints.folder: {self.path}: another `moesaic train` works there; wait "
+                    "until it has ended, or name another folder"
+                ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def check(
         self, spec: TrainSpec, *, resume: bool, told: Callable[[str], None] = log.info
@@ -58,6 +78,11 @@ class RunFolder:
                         "folder"
                     )
                 told(f"{path}: {old!r} before, and {new!r} from now on")
+            if (newest := self.newest()) is not None and newest.step > spec.steps:
+                raise SpecError(
+                    f"steps: {spec.steps}: the run in {self.path} has done {newest.step} already; "
+                    "give it more, or name another folder"
+                )
 
     def begin(self, spec: TrainSpec) -> None:
         """Take note of what the run goes on with. Raises SpecError if that cannot be written."""
@@ -96,6 +121,8 @@ class RunFolder:
 
     def newest(self) -> TrainingCheckpoint | None:
         """Return the newest checkpoint that is whole, if there is any."""
+        if not self.checkpoints.is_dir():
+            return None
         found = list_checkpoints(self.checkpoints)
         for path, error in found.damaged.items():
             log.warning("%s is left out: %s", path, error)

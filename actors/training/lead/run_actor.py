@@ -33,6 +33,7 @@ from ....proto.errors import (
     ClusterError,
     InternalError,
     MoesaicError,
+    NoAnswer,
     StepLost,
     Superseded,
     describe_error,
@@ -289,7 +290,7 @@ class RemoteCoordinator:
         try:
             return ray.get(actor.call.remote(what, *given, **named), timeout=timeout_s)
         except GetTimeoutError:
-            raise ClusterError(f"{self._name} has not answered within {timeout_s:g} s") from None
+            raise NoAnswer(f"{self._name} has not answered within {timeout_s:g} s") from None
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, MoesaicError):
@@ -303,11 +304,21 @@ class RemoteCoordinator:
             raise ClusterError(f"{self._name}: {last_line(error)}") from error
 
     def _beat(self, worker: Worker) -> None:
-        """Tell the actor again and again that this worker lives."""
+        """Tell the actor again and again that this worker lives; end it if it is frozen."""
         while not self._stop.wait(_BEAT_S):
             try:
                 self._call("hear", worker, timeout_s=_ASK_S)
             except Superseded:
                 return
+            except NoAnswer as error:
+                log.warning("%s, and is restarted", error)
+                self._restart()
             except MoesaicError as error:
                 log.warning("%s: %s", self._name, describe_error(error))
+
+    def _restart(self) -> None:
+        """Let Ray restart the actor, which takes its process from it even if that is stopped."""
+        try:
+            ray.kill(ray.get_actor(self._name, namespace=self._namespace), no_restart=False)
+        except (ValueError, RayError) as error:
+            log.warning("%s: it could not be restarted: %s", self._name, error)

@@ -105,7 +105,8 @@ def plain_losses(folder: Path, spec: TrainSpec, run: RunFolder) -> tuple[Any, li
             whole = loss
             if spec.balance_loss is not None:
                 of_step = [torch.cat(layer) for layer in zip(*gates, strict=True)]
-                found = load_balancing_loss_func(tuple(of_step), of_step[0].shape[-1], PER_TOKEN)
+                gates_of_step: Any = tuple(of_step)
+                found = load_balancing_loss_func(gates_of_step, of_step[0].shape[-1], PER_TOKEN)
                 whole = whole + spec.balance_loss * count * found
             whole.backward()
             for parameter in plain.parameters():
@@ -143,7 +144,7 @@ class Runner:
             team=team,
             name=name,
             max_grad_norm=given.max_grad_norm,
-            exact=given.exact,
+            exact=bool(given.exact),
             **options,
         ) as (model, optimizer):
             self.models.append(model)

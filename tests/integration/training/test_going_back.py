@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that waits for nothing is told so after some seconds, and not after an hour."""
-    monkeypatch.setattr(coordinator_module, "MEET_S", 8.0)
+    monkeypatch.setattr(coordinator_module, "MEET_S", 20.0)
 
 
 @pytest.fixture(scope="module")

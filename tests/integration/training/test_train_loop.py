@@ -12,7 +12,7 @@ import torch
 from moesaic.actors.training.command.run_folder import RunFolder
 from moesaic.actors.training.lead import coordinator as coordinator_module
 from moesaic.cluster.train_command.records import StepRecord
-from moesaic.proto.errors import StateLost
+from moesaic.proto.errors import CheckpointError
 from tests.helpers.training.runs import training_pool
 from tests.helpers.training.train_runs import (
     Runner,
@@ -138,13 +138,15 @@ def test_a_run_goes_back_to_its_checkpoint_by_itself(folder: Path, run: RunFolde
     ]
 
 
-def test_without_a_checkpoint_a_run_whose_state_is_lost_ends(folder: Path, run: RunFolder) -> None:
-    spec = train_spec(checkpoints={"every_steps": None})
+def test_a_run_whose_state_is_lost_before_its_first_checkpoint_ends(
+    folder: Path, run: RunFolder
+) -> None:
+    spec = train_spec()
     with training_pool(folder, hosts=2, replicas=2) as pool:
         runner = Runner(pool, folder, spec, run)
 
         def begun(optimizer: Any, loop: Any) -> None:
             pool.lose("host-1")
 
-        with pytest.raises(StateLost, match="No checkpoint was written yet"):
+        with pytest.raises(CheckpointError, match="No checkpoint was written yet"):
             runner.train(1, begun=begun)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..ending import INTERRUPTED
 from ..operate import JsonOption, err, out
 from ..terminal import print_report
 
@@ -73,6 +74,8 @@ def train(
         out.print("the run can begin")
     else:
         _print(report)
+    if not check and report.steps < report.wanted_steps:
+        raise typer.Exit(INTERRUPTED)
 
 
 class _Lines:

@@ -65,12 +65,10 @@ def test_what_came_after_a_checkpoint_that_was_taken_over_does_not_count() -> No
 def test_the_lines_of_a_run() -> None:
     progress = Progress(200)
     line = progress.step(FIRST)
-    assert line == "step   1/200  loss 2.5000  1,024 tokens/s  7 min left"
+    assert line == "step   1/200  loss 2.500  1,024 tokens/s  7 min left"
     progress.balancedness = 0.834
     line = progress.step(replace(FIRST, step=2, seconds=1.0, attempts=3))
-    assert line == (
-        "step   2/200  loss 2.5000  1,365 tokens/s  balance 0.83  5 min left  attempt 3"
-    )
+    assert line == ("step   2/200  loss 2.500  1,365 tokens/s  balance 0.83  5 min left  try 3")
     assert progress.step(replace(FIRST, step=200)).endswith("balance 0.83")
     assert Progress.held_out(held_out(50, 0.5)) == (
         "held out after step 50: perplexity 1.649, loss 0.5000"
