@@ -105,10 +105,10 @@ def measure(given: argparse.Namespace, lending: str, scratch: Path) -> Compariso
         written = training.written
     newest = max(checkpoints.iterdir())
     nbytes = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
-    print(f"{lending} lent: {written} checkpoints of {nbytes / 1e6:,.0f} MB were written")
+    print(f"lending: {lending}: {written} checkpoints of {nbytes / 1e6:,.0f} MB were written")
     pairs = zip(seconds[saved], seconds[none], strict=True)
     return Comparison(
-        case=f"{given.steps} steps of {load.tokens} tokens, {lending} lent",
+        case=f"lending: {lending}",
         ours=saved,
         base=none,
         seconds={way: statistics.median(found) for way, found in seconds.items()},
@@ -133,7 +133,8 @@ def main() -> None:
         scratch = Path(name)
         load_of(given).save(scratch / "model")
         found = [measure(given, lending, scratch) for lending in given.lending]
-    report("Training with and without checkpoints", found, given.json)
+    title = f"{given.steps} training steps of {load_of(given).tokens:,} tokens"
+    report(title, found, given.json)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def measure(load: TrainingLoad, folder: Path, lending: str, rounds: int) -> Comp
                 seconds["2 workers"].append(together_s)
     pairs = zip(seconds["2 workers"], seconds["1 worker"], strict=True)
     return Comparison(
-        case=f"{load.tokens} tokens, {lending} lent",
+        case=f"lending: {lending}",
         ours="2 workers",
         base="1 worker",
         seconds={name: statistics.median(found) for name, found in seconds.items()},
@@ -170,7 +170,7 @@ def main() -> None:
         folder = Path(name)
         load.save(folder)
         found = [measure(load, folder, lending, given.rounds) for lending in given.lending]
-    report("A training step of two workers and of one", found, given.json)
+    report(f"A training step of {load.tokens:,} tokens, two workers and one", found, given.json)
 
 
 if __name__ == "__main__":
