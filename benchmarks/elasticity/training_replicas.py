@@ -50,6 +50,7 @@ BALANCEDNESS = 0.5
 OFF_TARGET, BALANCED_TARGET = 1.5, 0.94
 # Until a placement has settled: so long without a move, and so much time in all.
 QUIET_S, SETTLE_S = 15.0, 240.0
+START_S = 300.0
 
 
 class DealtGates:
@@ -191,7 +192,13 @@ def trainee(
         ],
         "network": {"lending": "never"},
         "endpoint": None,
-        "balance": {"auto": auto, "every_s": given.every, "budget": 1.0},
+        "balance": {
+            "auto": auto,
+            "every_s": given.every,
+            "budget": 1.0,
+            # Many hosts start slowly on few cores, and some have no room for the others' experts.
+            "host_timeout_s": START_S,
+        },
     }
     with moesaic.up(spec) as cluster:
         model = cluster.from_pretrained("m", train=True)
@@ -295,8 +302,9 @@ def main() -> None:
         intermediate=64,
         vocabulary=256,
         heads=2,
-        microbatches=2,
-        sequences=2,
+        # One large microbatch: hosts are waited for in each of its calls.
+        microbatches=1,
+        sequences=8,
         length=128,
     )
     add_options(parser, sizes)
