@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,10 +133,10 @@ class Run:
         lines = self._setting.told.read_text().splitlines() if self._setting.told.exists() else []
         return [Made(*json.loads(line)) for line in lines]
 
-    def wait(self, count: int) -> list[Made]:
-        """Wait until so many steps were made since the start; return all."""
+    def wait(self, enough: Callable[[list[Made]], bool]) -> list[Made]:
+        """Wait until enough steps were made since the start; return all."""
         deadline = time.monotonic() + WAIT_S
-        while len(found := self.made()) < count:
+        while not enough(found := self.made()):
             if self.failed is not None:
                 raise RuntimeError(f"Ray Train has ended: {self.failed!r}") from self.failed
             if time.monotonic() > deadline:
@@ -148,17 +149,17 @@ class Run:
         setting, known = self._setting, len(self.made())
         setting.pause.unlink(missing_ok=True)
         # The first one may have begun before, or begin in a new process.
-        found = self.wait(known + 1 + setting.steps)[known:]
+        found = self.wait(lambda made: len(made) > known + setting.steps)[known:]
         step_s = statistics.median(
             after.at - before.at for before, after in itertools.pairwise(found)
         )
         time.sleep(part * step_s)
-        known = len(self.made())
         killed = time.monotonic()
         os.kill(int(setting.pid(setting.workers - 1).read_text()), signal.SIGKILL)
-        made = self.wait(known + 1)[known]
+        made = self.wait(lambda made: made[-1].at > killed)
         setting.pause.touch()
-        return {"step_s": step_s, "kill_to_step_s": made.at - killed}
+        next_at = next(one.at for one in made if one.at > killed)
+        return {"step_s": step_s, "kill_to_step_s": next_at - killed}
 
 
 def main(setting: Setting) -> None:

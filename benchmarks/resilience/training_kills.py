@@ -62,7 +62,8 @@ PARTS = (0.2, 0.5, 0.8)
 # Until a pool is as protected as before, and until Ray Train has answered or ended.
 WHOLE_S, ANSWER_S, END_S = 300.0, 600.0, 30.0
 
-Found = dict[str, float]  # step_s, kill_to_step_s
+# step_s and kill_to_step_s; of the pool also what the latter consists of, if an attempt was lost.
+Found = dict[str, float]
 
 
 class Trainee:
@@ -73,6 +74,7 @@ class Trainee:
     ) -> None:
         self._cluster, self._model = cluster, model
         self._optimizer, self._load = optimizer, load
+        self._lost: list[tuple[float, float]] = []  # attempts: when that was known, and made good
 
     def step(self) -> float:
         """Make a step; return its seconds, with attempts that were lost."""
@@ -83,7 +85,9 @@ class Trainee:
                 self._optimizer.step(weight=targets)
                 return time.monotonic() - began
             except (moesaic.StepLost, ExpertUnavailable):
+                known = time.monotonic()
                 self._optimizer.zero_grad()
+                self._lost.append((known, time.monotonic()))
 
     def round(self, number: int, part: float, steps: int) -> Found:
         """Make some steps, and kill a host when ``part`` of the next one's time has passed."""
@@ -96,6 +100,7 @@ class Trainee:
             os.kill(pid, signal.SIGKILL)
             killed.append(time.monotonic())
 
+        self._lost.clear()
         timer = threading.Timer(part * step_s, kill)
         timer.start()
         committed = 0.0
@@ -103,8 +108,13 @@ class Trainee:
             self.step()
             committed = time.monotonic()
         timer.join()
+        found = {"step_s": step_s, "kill_to_step_s": committed - killed[0]}
+        if self._lost:
+            known, begun = self._lost[0]
+            found |= {"kill_to_lost_s": known - killed[0], "lost_to_attempt_s": begun - known}
+        found["lost_attempts"] = len(self._lost)
         self._recover(name, pid)
-        return {"step_s": step_s, "kill_to_step_s": committed - killed[0]}
+        return found
 
     def _recover(self, name: str, gone: int) -> None:
         """Make steps until a killed host is back, and everything has two replicas and owners."""
@@ -254,6 +264,9 @@ def measure(given: argparse.Namespace, folder: Path, *, with_ray_train: bool) ->
 
 def _print_round(number: int, who: str, found: Found) -> None:
     took = f"{found['kill_to_step_s']:.2f} s after a kill, a step takes {found['step_s']:.2f} s"
+    if "kill_to_lost_s" in found:
+        took += f"; lost after {found['kill_to_lost_s']:.2f} s"
+        took += f", begun again {found['lost_to_attempt_s']:.2f} s later"
     print(f"round {number + 1}, {who}: {took}", flush=True)
 
 
