@@ -203,7 +203,7 @@ def gated() -> tuple[DealtGates, list[Any]]:
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=32,
     )  # fmt: skip
-    model = MixtralForCausalLM(config)
+    model: Any = MixtralForCausalLM(config)
     gates = [layer.mlp.gate for layer in model.model.layers]
     return DealtGates(model, TRAFFIC), gates
 
