@@ -112,13 +112,13 @@ def _end(worker: subprocess.Popen[str]) -> None:
 
 def work(name: str, load: TrainingLoad) -> None:
     """Be a worker: make a step for each line, until there are no more."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     cluster = moesaic.connect(name)
     model = cluster.from_pretrained("m", train=True)
     with moesaic.PoolOptimizer(
         model, cluster, lr=LEARNING_RATE, max_grad_norm=MAX_NORM
     ) as optimizer:
         run = optimizer.run
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // run.workers))
         print(json.dumps({"workers": run.workers}), flush=True)
         for _ in sys.stdin:
             own = load.step(run.step)[run.number :: run.workers]
