@@ -26,11 +26,14 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "decode-float32": ["--dtype", "float32"],
         "endpoint": [],
         "footprint": [],
+        "training_workers": [],
+        "training_checkpoints": [],
     },
     "elasticity": {
         "simulation": [],
         "skew": [],
         "scale": [],
+        "training_replicas": [],
     },
     "resilience": {
         "faults": [],
@@ -40,6 +43,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "overload": [],
         "strangers": [],
         "soak": [],
+        "training_kills": [],
     },
 }
 BENCHMARKS = {

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks.all import BENCHMARKS, GROUPS, main
 from benchmarks.elasticity.eplb_control import EplbControl, EplbPlan
+from benchmarks.elasticity.training_replicas import DealtGates
+from benchmarks.elasticity.training_replicas import summary as summary_of_replicas
 from benchmarks.resilience.faults import Round, quiet_gaps, timeline
+from benchmarks.resilience.training_kills import summary as summary_of_kills
 from benchmarks.streams import Request, gaps, longest, wrong_texts
 from benchmarks.traffic import MODEL, Traffic, balance_of, exponent_for
+from benchmarks.training_load import TrainingLoad
 from moesaic.cluster.control.commands import MakePlan
 from moesaic.cluster.control.control import Control, ControlPolicy
 from moesaic.cluster.control.pool_view import Observation
@@ -176,3 +183,75 @@ def test_a_timeline_shows_who_waits_longest() -> None:
     assert longest_s[-1.0] == 9.8
     assert longest_s[0.0] == 3.8
     assert longest_s[4.5] == 1.0
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def test_a_steps_number_decides_its_microbatches() -> None:
+    load = TrainingLoad(microbatches=3, sequences=2, length=8, vocabulary=100)
+    assert load.tokens == 48
+    first, again, other = load.step(4), load.step(4), load.step(5)
+    assert [one.shape for one in first] == [(2, 8)] * 3
+    assert all(one.equal(same) for one, same in zip(first, again, strict=True))
+    assert not first[0].equal(other[0])
+
+
+def gated() -> tuple[DealtGates, list[Any]]:
+    """Gates of a model of two layers that are dealt."""
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=32,
+    )  # fmt: skip
+    model: Any = MixtralForCausalLM(config)
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    return DealtGates(model, TRAFFIC), gates
+
+
+def test_dealt_gates_choose_the_same_again_and_learn() -> None:
+    dealt, gates = gated()
+    x_TH = torch.ones(64, 8)
+    found = []
+    for step in (3, 3, 4):
+        dealt.begin(step)
+        found.append([gate(x_TH) for gate in gates for _ in range(2)])
+    ids = [[one[2].tolist() for one in step] for step in found]
+    assert ids[0] == ids[1] != ids[2]
+    assert ids[0][0] != ids[0][1], "a step's microbatches differ"
+    assert ids[0][0] != ids[0][2], "layers differ"
+    _, weights_TK, ids_TK = found[0][0]
+    assert torch.allclose(weights_TK.sum(-1), torch.ones(64))
+    assert (ids_TK[:, 0] != ids_TK[:, 1]).all()
+    weights_TK[:, 0].sum().backward()
+    assert gates[0].weight.grad.abs().sum() > 0
+
+
+def test_gates_that_are_dealt_evenly_use_all_experts_alike() -> None:
+    dealt, _ = gated()
+    dealt.even = True
+    ids = np.concatenate([dealt.ids(0, call, 40) for call in range(4)])
+    assert (np.bincount(ids.reshape(-1)) == 10).all()
+    assert (ids[:, 0] != ids[:, 1]).all()
+
+
+def test_replicas_are_judged_by_ratios_within_rounds() -> None:
+    rates = {"balanced": [2.0, 4.0, 1.0], "off": [1.0, 2.0, 0.5], "on": [1.9, 3.8, 0.9]}
+    found = summary_of_replicas({"steps_per_s": rates, "overruns": 0})
+    assert found["of_balanced"]["on"] == pytest.approx(0.95)
+    assert found["of_off"]["on"] == pytest.approx(1.9)
+    assert found["met"]
+    assert found["valid"]
+    assert not summary_of_replicas({"steps_per_s": {**rates, "on": rates["off"]}, "overruns": 1})[
+        "met"
+    ]
+
+
+def test_a_kill_is_judged_beyond_a_step_and_against_ray_train() -> None:
+    pool = [{"step_s": 1.0, "kill_to_step_s": took} for took in (2.0, 2.5, 9.0)]
+    peer = [{"step_s": 1.0, "kill_to_step_s": took} for took in (20.0, 10.0, 60.0)]
+    found = summary_of_kills(pool, peer)
+    assert (found["beyond_a_step_s"], found["longest_beyond_a_step_s"]) == (1.5, 8.0)
+    assert found["of_ray_train"] == pytest.approx(0.15)
+    assert found["met"]
+    assert summary_of_kills(pool, None)["met"]
+    assert not summary_of_kills(pool, [one | {"kill_to_step_s": 8.0} for one in peer])["met"]
