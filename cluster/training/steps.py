@@ -376,6 +376,19 @@ class TrainingSteps:
         failed |= yield from hosts.let_forget()
         return failed
 
+    def renew(self, pool: PoolNow) -> Exchange[None]:
+        """Let hosts that have come to serve what others own have its last version, too.
+
+        That is for the time between a commit and the next attempt. Raises StateLost.
+        """
+        hosts = self._hosts
+        gone = self._gone(pool)
+        hosts.pool = pool
+        self._leave(gone, "hosts were lost")
+        new = {h: e for h, e in pool.entries.items() if h not in hosts.members}
+        yield from self._enter(new)
+        yield hosts.renewals(self.versions.models[self.plan.model])
+
     # ---- parts of these -------------------------------------------------------------------------
 
     def check(self) -> None:

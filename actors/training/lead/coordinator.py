@@ -31,7 +31,7 @@ from ....proto.errors import (
 )
 from .coordination import ExpertSums, Learned, Restoring, TrunkSums, Where
 from .decisions import agreed, expert_sums
-from .driver import PUBLISH_S, RunDriver, TrainingPool
+from .driver import RunDriver, TrainingPool
 
 log = logging.getLogger(__name__)
 
@@ -284,9 +284,8 @@ class Coordinator:
             self.driver.exchange(steps.again(self._pool.now()))
 
     def _publish(self) -> None:
-        versions = self.steps.versions
-        self._placed = self._pool.publish(versions.models[self.plan.model], PUBLISH_S)
-        self._served = versions
+        self._placed = self.driver.publish()
+        self._served = self.steps.versions
 
     def _progress(self) -> RunProgress:
         with self._lock:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from ....proto.errors import (
     ClusterError,
     InternalError,
     MoesaicError,
+    StateLost,
     StepLost,
     Superseded,
     describe_error,
@@ -95,6 +96,7 @@ class RunDriver:
         self._beside = beside
         self._ended = ended
         self._stop = threading.Event()
+        self._publishing = ThreadPoolExecutor(1, thread_name_prefix="publishes")
         self._keeper = threading.Thread(target=self._keep, name="training-run", daemon=True)
 
     def start(self) -> None:
@@ -105,6 +107,7 @@ class RunDriver:
         self._stop.set()
         if self._keeper.is_alive():
             self._keeper.join(_END_S)
+        self._publishing.shutdown(wait=False, cancel_futures=True)
 
     def end(self) -> None:
         """Let hosts and controller end the run, unless it is over."""
@@ -191,6 +194,28 @@ class RunDriver:
                     log.warning("run %d: %s: %s", steps.plan.run, host, error)
         finally:
             self.lock.release()
+
+    def publish(self) -> PlacementId:
+        """Let the pool serve the last version; return a placement that names it.
+
+        Hosts that have come to serve an expert since the run looked at the pool get it from the
+        expert's owners, meanwhile. Raises ClusterError.
+        """
+        steps = self.steps
+        version = steps.versions.models[steps.plan.model]
+        asked = self._publishing.submit(self.pool.publish, version, PUBLISH_S)
+        while True:
+            try:
+                return asked.result(LOOK_S)
+            except TimeoutError:
+                if asked.done():
+                    raise
+            try:
+                self.exchange(steps.renew(self.pool.now()))
+            except (StateLost, Superseded):
+                raise
+            except MoesaicError as error:
+                log.warning("run %d: %s", steps.plan.run, describe_error(error))
 
     def await_room(self) -> None:
         """Wait until hosts have no version before the served one: they hold two at a time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moesaic.actors.training.giving import GivenGradients
+from moesaic.actors.training.lead import driver as driver_module
+from moesaic.cluster.expert_keys import ExpertVersion
+from moesaic.cluster.placement import PlacementId
 from moesaic.cluster.training.orders import Commit, Order, Reduce
+from moesaic.cluster.training.run_plan import PoolNow
 from moesaic.proto.errors import CheckpointError, ClusterError, StepLost
 from tests.helpers.pool.transports import settles
 from tests.helpers.training.disturbed import HASTY, Disturbed
@@ -301,3 +306,40 @@ def test_ten_steps_with_answers_lost_damaged_and_late(
         assert min(disturbed.counts[kind] for kind in ("lost", "damaged", "late")) > 0
         assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12
         assert_same_model(pool, model, plain, 1e-11)
+
+
+def test_a_host_that_serves_an_expert_since_the_last_look_gets_the_step_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host that the run knew to serve it may be gone, so that nobody would have the version."""
+    monkeypatch.setattr(driver_module, "LOOK_S", 0.1)
+    plain, expected = plain_run(folder, 2)
+    with training_pool(folder, hosts=3, replicas=2) as pool:
+        late, knows = pool.hosts.hosts[2], [False]
+        now, publish = pool.now, pool.publish
+
+        def stale(*given: Any, **named: Any) -> PoolNow:
+            found = now(*given, **named)
+            known = {
+                key: tuple(host for host in hosts if knows[0] or host != late.name)
+                for key, hosts in found.holders.items()
+            }
+            return replace(found, holders=known)
+
+        def publish_where_all_have_it(version: int, timeout_s: float) -> PlacementId:
+            keys = [key for key, hosts in now().holders.items() if late.name in hosts]
+            assert keys
+            knows[0] = True
+            has = late._residency.serves
+            assert settles(lambda: all(has(ExpertVersion(key, version)) for key in keys))
+            return publish(version, timeout_s)
+
+        monkeypatch.setattr(pool, "now", stale)
+        monkeypatch.setattr(pool, "publish", publish_where_all_have_it)
+        with optimizing(pool, folder) as (model, optimizer):
+            found = []
+            for step in range(2):
+                knows[0] = False
+                found.append(one_step(model, optimizer, step))
+            assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 1e-12
+            assert_same_model(pool, model, plain, 1e-12)
