@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ def test_the_parts_of_a_step_add_up_to_its_loss_and_its_gradients(masked: bool) 
         one = balance_part(part, of_step, mask)
         one.backward()
         total += one.detach()
-    together = tuple(torch.cat([part[layer] for part in whole]) for layer in range(LAYERS))
+    together: Any = tuple(torch.cat([part[layer] for part in whole]) for layer in range(LAYERS))
     mask = torch.cat([one for one in masks if one is not None]) if masked else None
     expected = load_balancing_loss_func(together, EXPERTS, TOP_K, mask)
     assert isinstance(expected, Tensor)
