@@ -44,6 +44,11 @@ class TrainingRun(Protocol):
         ...
 
     @property
+    def is_over(self) -> bool:
+        """Whether it takes no more orders."""
+        ...
+
+    @property
     def is_broken(self) -> bool:
         """Whether state is lost, so that it goes on from a checkpoint alone (`restore`)."""
         ...

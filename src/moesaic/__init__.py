@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from .cluster.reports.placing import ChangeReport, DrainReport, PlanReport
     from .cluster.reports.scaling import ScalingReport
     from .cluster.reports.status import ClusterStatus, EndpointStatus
+    from .cluster.reports.training import TrainReport
     from .cluster.reports.updates import WeightUpdateReport
     from .cluster.spec.spec import Spec, load_spec
+    from .cluster.train_command.train_spec import TrainSpec
     from .connecting import connect
     from .handle import Cluster
     from .models.upcycling.upcycle import upcycle
@@ -62,6 +64,8 @@ __all__ = [
     "Spec",
     "StateLost",
     "StepLost",
+    "TrainReport",
+    "TrainSpec",
     "WeightUpdateReport",
     "check_spec",
     "connect",
@@ -96,6 +100,8 @@ _HOMES = {
     "Spec": "cluster.spec.spec",
     "StateLost": "proto.errors",
     "StepLost": "proto.errors",
+    "TrainReport": "cluster.reports.training",
+    "TrainSpec": "cluster.train_command.train_spec",
     "WeightUpdateReport": "cluster.reports.updates",
     "check_spec": "about",
     "connect": "connecting",

@@ -144,7 +144,7 @@ class TrainingLoop:
             except (StepLost, StateLost, ExpertUnavailable, ClusterError, Retryable) as error:
                 self._lost = True
                 self._attempts += 1
-                if self._attempts > MOST_ATTEMPTS or self._run_is_over:
+                if self._attempts > MOST_ATTEMPTS or self._run.is_over:
                     raise
                 log.warning("step %d is done again: %s", self._run.step + 1, describe_error(error))
 
@@ -161,10 +161,6 @@ class TrainingLoop:
     @property
     def _run(self) -> TrainingRun:
         return self._optimizer.run
-
-    @property
-    def _run_is_over(self) -> bool:
-        return bool(getattr(self._run, "is_over", False))
 
     # ---- from a checkpoint ----------------------------------------------------------------------
 
@@ -202,7 +198,7 @@ class TrainingLoop:
             step % evaluation.every_steps == 0 or step == self._spec.steps
         )
         done = due and step in self._evaluations()
-        # Not all may have been told to stop.
+        # Workers are told to stop one after the other.
         done, stops = run.total("begin", (float(done), float(self._stop.is_set())))
         leads = run.number == 0
         if leads:

@@ -118,6 +118,10 @@ class InProcessRun:
         return True
 
     @property
+    def is_over(self) -> bool:
+        return False
+
+    @property
     def is_broken(self) -> bool:
         return False
 
