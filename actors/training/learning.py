@@ -221,7 +221,9 @@ class Learning:
     def _count(self, layer: int, ids_TK: Tensor) -> None:
         before = self._assignments.get(layer)
         least = 0 if before is None else len(before)
-        counts = torch.bincount(ids_TK.detach().flatten().cpu(), minlength=least)
+        ids = ids_TK.detach().flatten().cpu()
+        # Some gates leave tokens out, whose ids are negative.
+        counts = torch.bincount(ids[ids >= 0], minlength=least)
         if before is not None:
             counts[: len(before)] += before
         self._assignments[layer] = counts

@@ -115,6 +115,8 @@ class RunOptimizer(torch.optim.Optimizer):
             self._run = open_run(self.trained, self.rule)
             self._experts = ExpertGradients(self._run, self._stand_ins, self.trained, self._clear)
             self._watch = TrunkWatch(model, standing)
+            # Others may have taken a checkpoint over while this one waited for the next attempt.
+            self._run.follow_weights(self._watch.record)
             base = getattr(model, "base_model", model)
             for one in {id(one): one for one in (model, base)}.values():
                 self._hooks.append(one.register_forward_pre_hook(self._before_forward))

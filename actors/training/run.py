@@ -104,6 +104,7 @@ class PoolRun:
         self._where: Where | None = None  # as it was when an attempt or a checkpoint needed it
         self._sums: ExpertSums | None = None  # None: nothing is summed up yet
         self._learned: frozenset[int] = frozenset()  # layers, when it was
+        self._renewed: Callable[[], None] = lambda: None
         self._given_trunk = False
         self._lost = ""  # why the attempt is over for this worker
         self._closed = False
@@ -171,6 +172,10 @@ class PoolRun:
     def is_open(self) -> bool:
         """Whether the attempt goes on, so that there is something to add up to."""
         return self._trunk.learning.is_open
+
+    def follow_weights(self, renewed: Callable[[], None]) -> None:
+        """Call ``renewed()`` when the trunk has got weights, as of a step or a checkpoint."""
+        self._renewed = renewed
 
     def assignments(self) -> dict[int, list[float]]:
         """Return how many rows of this worker each expert had in the attempt, by layer."""
@@ -352,6 +357,7 @@ class PoolRun:
         if stand.versions != self._has and not stand.broken:
             self._each(self._blocks, self._get_weights)
             self._has = stand.versions
+            self._renewed()
         if not stand.lost and not self._given.may_be_overwritten(stand.members):
             self._given.move()
             learning.use(self._given.memory)

@@ -82,6 +82,10 @@ class TrainingRun(Protocol):
         """Call ``learned(layer)`` whenever the gradients of a layer's call were added up."""
         ...
 
+    def follow_weights(self, renewed: Callable[[], None]) -> None:
+        """Call ``renewed()`` when the trunk has got weights, as of a step or a checkpoint."""
+        ...
+
     def assignments(self) -> Mapping[int, Sequence[float]]:
         """Return how many rows of this worker each expert had in the attempt, by layer."""
         ...

@@ -110,6 +110,9 @@ class InProcessRun:
             }
         return self._squares
 
+    def follow_weights(self, renewed: Callable[[], None]) -> None:
+        pass
+
     def assignments(self) -> Mapping[int, Sequence[float]]:
         return {}
 

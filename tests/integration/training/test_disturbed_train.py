@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -32,10 +32,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("mixtral"), "mixtral")
 
 
+CORPSES: list[Callable[[], None]] = []
+
+
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(coordinator_module, "MEET_S", 20.0)
     yield
+    # In this process, what was killed has left its memory and its threads.
+    while CORPSES:
+        CORPSES.pop()()
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -51,6 +57,14 @@ class Killed(BaseException):
     """A worker is gone, as with kill -9: nothing of it goes on."""
 
 
+def kill(optimizer: Any) -> NoReturn:
+    """Let hosts hear nothing more of a worker."""
+    run = optimizer.run
+    CORPSES.append(run.close)
+    run.close = lambda: None
+    raise Killed
+
+
 def killed_after(step: int) -> Callable[[Any, Any], None]:
     """Return what kills a worker right after the commit of a step, before it says anything."""
 
@@ -60,9 +74,7 @@ def killed_after(step: int) -> Callable[[Any, Any], None]:
         def stepping(*given: Any, **named: Any) -> Any:
             found = made(*given, **named)
             if optimizer.run.step == step:
-                # Its hosts hear nothing more of it.
-                optimizer.run.close = lambda: None
-                raise Killed
+                kill(optimizer)
             return found
 
         optimizer.step = stepping
@@ -136,8 +148,7 @@ def test_no_evaluation_is_lost_with_the_worker_that_writes_it(folder: Path, run:
         class Folder(RunFolder):
             def add(self, record: Any) -> None:
                 if isinstance(record, HeldOutRecord) and record.step == 3:
-                    optimizer.run.close = lambda: None
-                    raise Killed
+                    kill(optimizer)
                 super().add(record)
 
         loop._folder = Folder(run.path)

@@ -53,7 +53,7 @@ def test_a_run_whose_state_is_lost_goes_on_from_its_checkpoint(
             if step + 1 == SAVED:
                 optimizer.save(tmp_path / "saved")
         pool.lose("host-1")
-        with pytest.raises(StepLost):
+        with pytest.raises((StepLost, StateLost)):  # the run itself may have noticed it before
             one_step(model, optimizer, SAVED + 1)
         for _ in range(2):  # it is said as often as it is asked
             with pytest.raises(StateLost, match="go back to a checkpoint"):
@@ -159,8 +159,8 @@ def test_a_worker_that_is_gone_meanwhile_has_a_successor(
     joined = team.join("c", max_grad_norm=MAX_NORM)
     joined.result(WAIT_S)
     c = team.do("c", goes_back(target))
-    a.result(WAIT_S)
-    c.result(WAIT_S)
+    errors = [one.exception(WAIT_S) for one in (c, a)]
+    assert errors == [None, None]
     assert_same_model(team.pool, team.models["a"], plain, 1e-12)
     assert_same_model(team.pool, team.models["c"], plain, 1e-12)
 
