@@ -24,7 +24,7 @@ class TrainingTimes:
         before, now = self._seen.get(host), _Seen(incarnation, backward_s, owner_s)
         self._seen[host] = now
         if before is None:
-            # What it did before nobody has listened is no load of now.
+            # The first report is the baseline: the work in it is not current load.
             before = now
         elif before.incarnation != incarnation:
             before = _Seen(incarnation, 0.0, 0.0)

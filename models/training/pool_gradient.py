@@ -28,7 +28,7 @@ class Recorded:
     attempt: object  # for whom it was added up; compared by identity
     square: Callable[[], float]  # returns the sum of squares of all elements; may take long
     factor: float = 1.0  # by which the gradient was multiplied since
-    no_norm: str = ""  # why nobody may take its norm; empty: everybody may
+    no_norm: str = ""  # the error message if its norm is asked for; empty: it may be
 
     @property
     def norm(self) -> float:

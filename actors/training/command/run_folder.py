@@ -120,7 +120,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def newest(self) -> TrainingCheckpoint | None:
-        """Return the newest checkpoint that is whole, if there is any."""
+        """Return the newest complete checkpoint, or None."""
         if not self.checkpoints.is_dir():
             return None
         found = list_checkpoints(self.checkpoints)

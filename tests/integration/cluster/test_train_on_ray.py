@@ -102,7 +102,7 @@ def test_workers_a_host_and_the_run_are_killed_and_no_loss_differs(
     run = Run(pool, spec_of(pool, texts, target), deeds)
     run.train(resume=True)
     assert_same(run, undisturbed)
-    assert pids == [run.first_pids[0]], "the worker that nobody has killed was not restarted"
+    assert pids == [run.first_pids[0]], "the surviving worker kept its process"
     assert sum("another one takes its place" in line for line in run.said) == 2
     wait_until(lambda: nothing_trains(pool))
 

@@ -15,7 +15,6 @@ from moesaic.actors.training.command.prepare import check, prepare
 from moesaic.actors.training.command.run_folder import RunFolder
 from moesaic.actors.training.lead import coordinator as coordinator_module
 from moesaic.cluster.placement import ModelRef
-from moesaic.cluster.train_command.progress import Progress
 from moesaic.cluster.train_command.records import HeldOutRecord, StepRecord
 from moesaic.cluster.train_command.train_spec import load_train_spec
 from moesaic.proto.errors import ClusterError, HostLost, MoesaicError
@@ -174,7 +173,7 @@ def test_a_run_without_a_checkpoint_is_not_begun_anew_with_other_weights(
 ) -> None:
     """Its process is killed before the first checkpoint, and the user says --resume.
 
-    The pool has the weights of five steps then, and nobody their state.
+    The pool then serves the weights of five steps, and their optimizer state is gone.
     """
     spec = train_spec(checkpoints={"every_steps": 100})
     with training_pool(folder, hosts=2, replicas=2) as pool:
@@ -349,20 +348,3 @@ def test_a_run_actor_that_is_gone_when_a_checkpoint_begins_does_not_end_the_run(
 
         runner.work(None, "worker-0", begun=begun)
     assert steps_of(run) == list(range(1, 9))
-
-
-def test_lines_of_steps_have_80_columns_at_most() -> None:
-    progress = Progress(10_000)
-    progress.balancedness = 0.97
-    record = StepRecord(
-        step=1000,
-        loss=11.2345,
-        targets=1,
-        tokens=123_456,
-        seconds=1.0,
-        lr=1e-4,
-        grad_norm=1.0,
-        workers=1,
-        attempts=2,
-    )
-    assert len(progress.step(record)) <= 80

@@ -311,7 +311,7 @@ def test_ten_steps_with_answers_lost_damaged_and_late(
 def test_a_host_that_serves_an_expert_since_the_last_look_gets_the_step_too(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host that the run knew to serve it may be gone, so that nobody would have the version."""
+    """The other host that served it may have died, and then no host would have the new version."""
     monkeypatch.setattr(driver_module, "LOOK_S", 0.1)
     plain, expected = plain_run(folder, 2)
     with training_pool(folder, hosts=3, replicas=2) as pool:

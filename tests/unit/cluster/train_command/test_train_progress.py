@@ -93,6 +93,13 @@ def test_a_line_fits_on_a_terminal(
     assert len(Progress(9999).step(replace(likely, step=step % 9999, attempts=1))) <= 80
 
 
+def test_a_line_of_a_long_run_fits_into_80_columns() -> None:
+    progress = Progress(10_000)
+    progress.balancedness = 0.97
+    record = replace(FIRST, step=1000, loss=11.2345, tokens=123_456, seconds=1.0, attempts=2)
+    assert len(progress.step(record)) <= 80
+
+
 def test_a_run_that_goes_back_forgets_its_pace() -> None:
     progress = Progress(10)
     progress.step(replace(FIRST, step=5, seconds=100.0))
