@@ -18,9 +18,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from . import fused, onednn
+from .products import multiplies, product
 
 # With `exact`, every matrix product has this many rows. The bits of a row's result depend on the
 # number of rows in the product, but not on the row's position (measured; a test checks it).
@@ -158,25 +158,16 @@ def unpack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether oneDNN packs ``dtype`` here; 16-bit types need a CPU that computes in them."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    match dtype:
-        case torch.float32:
-            return True
-        case torch.bfloat16:
-            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        case torch.float16:
-            return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-        case _:
-            return False
+    return multiplies(device, dtype)
 
 
 def _product(x_RI: Tensor, matrix: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     if matrix.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x_RI, matrix, bias, "none", [], "")
     if not transposed:
-        return linear(x_RI, matrix, bias)
-    return x_RI @ matrix if bias is None else x_RI @ matrix + bias
+        return product(x_RI, matrix.t(), bias)
+    y_RO = product(x_RI, matrix)
+    return y_RO if bias is None else y_RO + bias
 
 
 def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:

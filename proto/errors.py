@@ -180,6 +180,10 @@ class HostLost(Retryable):
     """The connection to a host ended with calls in flight."""
 
 
+class HostGone(HostLost):
+    """The process of a host has ended, and with it all that was only there."""
+
+
 class Corrupted(Retryable):
     """A call or an answer was corrupted on the way: its checksum does not match."""
 

@@ -107,10 +107,13 @@ class PoolTrunk:
             self._link.close()
 
 
-def open_trunk(config: TrunkConfig, *, learns: bool = False) -> PoolTrunk:
+def open_trunk(
+    config: TrunkConfig, *, learns: bool = False, dtype: torch.dtype | None = None
+) -> PoolTrunk:
     """Load a trunk from its folder and connect it. Raises CheckpointError and ClusterError.
 
-    One that ``learns`` is in training mode, and its parameters need gradients.
+    One that ``learns`` is in training mode, and its parameters need gradients. ``dtype`` is the
+    trunk's own (None: as the experts').
     """
     if config.model.path is None:
         raise ClusterError(
@@ -120,7 +123,7 @@ def open_trunk(config: TrunkConfig, *, learns: bool = False) -> PoolTrunk:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path = Path(config.model.path)
-    dtype, device = torch_dtype(config.model.dtype), pick_device(config.device)
+    dtype, device = dtype or torch_dtype(config.model.dtype), pick_device(config.device)
     model_config = read_config(path)
     meta = meta_model(model_config)
     layers = experts_layers(meta)

@@ -69,6 +69,9 @@ class WorkersSpec(Part):
     """Threads of each."""
     num_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """CPUs that each reserves from Ray."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which the model computes but for its experts. `auto`: the model's; on CPUs float32 in
+    place of bfloat16 and float16, with which most of them are many times slower."""
 
 
 class OptimizerSpec(Part):

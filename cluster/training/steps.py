@@ -17,10 +17,19 @@ to. Orders of a run reach a host in the order in which they are sent, however la
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ...proto.errors import BadInput, ClusterError, MoesaicError, StateLost, StepLost
+from ...proto.errors import (
+    BadInput,
+    ClusterError,
+    HostGone,
+    MoesaicError,
+    NotHere,
+    StateLost,
+    StepLost,
+)
 from ..expert_keys import TRUNK, ExpertKey, is_shared
 from ..placement import HostEntry
 from ..versions import WeightVersions
@@ -217,7 +226,8 @@ class TrainingSteps:
     def again(self, pool: PoolNow) -> Exchange[None]:
         """Forget what was added up, and begin the next attempt at the step.
 
-        If a host fails to begin it, it is `lost` from the beginning.
+        If a host fails to begin it, it is `lost` from the beginning. One that is gone is left out;
+        if it had the only state of something, the run is `broken`.
         """
         self.check()
         self._forget_gradients()
@@ -315,7 +325,7 @@ class TrainingSteps:
         yield self._hosts.renewals(self._next_version - 1)
 
     def begin(self) -> Exchange[None]:
-        """Begin the first attempt at the next step; if a host fails to, it is `lost`."""
+        """Begin the first attempt at the next step, as `again` does."""
         self.check()
         yield from self._begin()
 
@@ -452,8 +462,13 @@ class TrainingSteps:
     def _begin(self) -> Exchange[None]:
         self._number, self._lost = self._number + 1, _NOT_BEGUN
         order = Begin(attempt=self.attempt, exact=self.plan.exact)
-        found = yield dict.fromkeys(self._hosts.members, order)
-        self._lost = next((f"{host}: {error}" for host, error in errors_of(found).items()), "")
+        failed = errors_of((yield dict.fromkeys(self._hosts.members, order)))
+        # The pool says so a little later, and no attempt would succeed until then.
+        gone = {h: one for h, one in failed.items() if isinstance(one, HostGone | NotHere)}
+        with suppress(StateLost):  # `broken` says so
+            self._leave(gone, "hosts were lost")
+        doubt = (f"{host}: {error}" for host, error in failed.items() if host not in gone)
+        self._lost = next(doubt, "")
 
     def _count_version(self) -> None:
         """Take note that owners have the weights of the next version."""

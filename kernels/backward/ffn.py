@@ -24,7 +24,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ..ffn import (
     SHARED_NAMES,
@@ -35,6 +34,7 @@ from ..ffn import (
     sorted_assignments,
 )
 from ..grouped.activation import Activation, value_and_gradient, value_and_gradients
+from ..products import product
 from .accumulators import GradientAccumulators
 
 
@@ -275,14 +275,14 @@ def expert_backward(
         # The weight's gradient is <grad_y, down @ activated + bias>, which is <grad_activated,
         # activated> + <grad_y, bias>: that needs no product with the down-projection.
         activated_RI, grad_up_RU, of_weights_R = _through_activation(
-            form, up_RU, (grad_y_RH.to(dtype) @ down_HI).to(wide)
+            form, up_RU, product(grad_y_RH.to(dtype), down_HI).to(wide)
         )
         if expert.down_bias is not None:
             of_weights_R += grad_y_RH @ expert.down_bias.to(wide)
         grad_up_RU = grad_up_RU.mul_(weights_R1).to(dtype)
         grad_down_RH = (grad_y_RH * weights_R1).to(dtype)
     else:
-        y_RH = linear(form.forward.activate(up_RU), down_HI, expert.down_bias)
+        y_RH = product(form.forward.activate(up_RU), down_HI.t(), expert.down_bias)
         shared = expert.shared()
         y_RH, (grad_down_RH, *found) = value_and_gradients(
             lambda y_RH, *tensors: post_norm(y_RH, dict(zip(shared, tensors, strict=True))),
@@ -292,7 +292,7 @@ def expert_backward(
         of_shared = dict(zip(shared, found, strict=True))
         of_weights_R = (grad_y_RH * y_RH).sum(dim=1)
         activated_RI, grad_up_RU, _ = _through_activation(
-            form, up_RU, (grad_down_RH @ down_HI).to(wide)
+            form, up_RU, product(grad_down_RH, down_HI).to(wide)
         )
         grad_up_RU = grad_up_RU.to(dtype)
     kept = ExpertRows(
@@ -304,7 +304,7 @@ def expert_backward(
         frozenset(expert.tensors()),
         of_shared,
     )
-    return of_weights_R, grad_up_RU @ up_UH, kept
+    return of_weights_R, product(grad_up_RU, up_UH), kept
 
 
 def _through_activation(

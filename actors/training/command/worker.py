@@ -8,10 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
+import torch
+
 from ....cluster.placement import ModelRef
 from ....cluster.train_command.train_spec import TrainSpec
+from ....models.trunk.config import torch_dtype
 from ....models.trunk.describe import experts_per_token
 from ....proto.errors import NoRun, describe_error
+from ...engine.trunk_config import TrunkConfig
+from ...runtime.devices import pick_device
 from ...runtime.process_log import begin_process
 from ...runtime.ray_border import cluster_of
 from ...trunk.program_config import program_config
@@ -59,7 +64,7 @@ class RayTrainWorker:
         work, given = self._work, self._work.spec
         config = program_config(work.namespace, work.model)
         config = replace(config, name=f"train-{config.name}", threads=given.workers.threads)
-        trunk = open_trunk(config, learns=True)
+        trunk = open_trunk(config, learns=True, dtype=_trunk_dtype(config, given.workers.dtype))
         try:
             optimizer = self._optimizer(trunk)
             try:
@@ -109,3 +114,10 @@ class RayTrainWorker:
             max_grad_norm=given.max_grad_norm,
             **given.settings,
         )
+
+
+def _trunk_dtype(config: TrunkConfig, wanted: str) -> torch.dtype:
+    dtype = torch_dtype(config.model.dtype if wanted == "auto" else wanted)
+    if wanted == "auto" and pick_device(config.device).type == "cpu":
+        return torch.promote_types(dtype, torch.float32)
+    return dtype

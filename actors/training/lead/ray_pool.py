@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
 from ....cluster.expert_keys import ExpertKey, LayerKey
-from ....cluster.placement import LayerPlacement, PlacementId
+from ....cluster.placement import HostEntry, LayerPlacement, PlacementId
 from ....cluster.training.orders import Answer, Order
 from ....cluster.training.progress import RunProgress
 from ....cluster.training.run_plan import PoolNow
 from ....cluster.training.runs import NewsRequest, TrainingNews
 from ....proto.errors import (
+    HostGone,
     HostLost,
     InternalError,
     MoesaicError,
@@ -26,6 +28,7 @@ from ...runtime.ray_border import controller_of, last_line, ray_get
 
 # For a question that the controller answers from what it knows.
 ASK_S = 10.0
+_CONNECT_S = 0.5
 
 
 class RayTrainingPool:
@@ -37,6 +40,7 @@ class RayTrainingPool:
         self._model = model
         self._placed: PlacementId | None = None
         self._holders: Mapping[ExpertKey, tuple[str, ...]] = {}
+        self._entries: Mapping[str, HostEntry] = {}
 
     def now(self, skip: int | None = None, tells: RunProgress | None = None) -> PoolNow:
         asks = NewsRequest(self._run, skip, self._placed, tells)
@@ -47,6 +51,7 @@ class RayTrainingPool:
         )
         if news.placed is not None:
             self._placed, self._holders = news.placed, _holders(news.layers)
+        self._entries = news.entries
         return PoolNow(
             entries=news.entries,
             domains=news.domains,
@@ -94,7 +99,23 @@ class RayTrainingPool:
                 return cause
             return InternalError(f"{host}: {describe_error(cause)}")
         except RayError as error:
-            return HostLost(f"{host}: {last_line(error)}")
+            # Ray does not tell whether an actor that it does not reach has ended.
+            is_gone = isinstance(error, ActorDiedError) or self._refuses(host)
+            return (HostGone if is_gone else HostLost)(f"{host}: {last_line(error)}")
+
+    def _refuses(self, host: str) -> bool:
+        """Return whether nothing listens any more where the host did; False if that is unknown."""
+        entry = self._entries.get(host)
+        if entry is None:
+            return False
+        name, _, port = entry.grpc_address.rpartition(":")
+        try:
+            socket.create_connection((name.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        except ConnectionRefusedError:
+            return True
+        except (OSError, ValueError):
+            return False
+        return False
 
 
 def _holders(layers: Mapping[LayerKey, LayerPlacement]) -> dict[ExpertKey, tuple[str, ...]]:

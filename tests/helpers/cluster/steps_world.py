@@ -42,7 +42,7 @@ from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.versions import WeightVersions
 from moesaic.proto.errors import (
     ClusterError,
-    HostLost,
+    HostGone,
     MoesaicError,
     NoAnswer,
     StepLost,
@@ -86,6 +86,7 @@ class TrainingWorld:
         self._doubtful: set[str] = set()
         self._asked_once: set[str] = set()
         self._following = False  # the exchange under way is `follow`
+        self._seen: PoolNow | None = None  # as the controller saw the hosts last
         self.succeeding = False  # likewise, `succeed`
         self.zombies: list[Zombie] = []
         self.first_run = RUN
@@ -136,6 +137,15 @@ class TrainingWorld:
     # ---- the pool -------------------------------------------------------------------------------
 
     def now(self) -> PoolNow:
+        seen, self._seen = self._seen, self._as_it_is()
+        unseen = self.faults.unseen if self.faults and seen else 0.0
+        if unseen and self.random.random() < unseen:
+            assert seen is not None
+            self.happened["unseen"] += seen.entries != self._seen.entries
+            self._seen = seen
+        return self._seen
+
+    def _as_it_is(self) -> PoolNow:
         heard = {name: place for name, place in self.places.items() if not place.unheard}
         return PoolNow(
             entries={name: place.host.entry for name, place in heard.items()},
@@ -255,7 +265,7 @@ class TrainingWorld:
             self._strike(name, faults)
         place = self.places.get(name)
         if place is None:
-            return HostLost(f"{name} is gone")
+            return HostGone(f"{name} is gone")
         host = place.host
         if place.frozen:
             place.waiting.append(lambda: answer_of(host, order))
@@ -289,7 +299,7 @@ class TrainingWorld:
         if faults is not None:
             self._strike(name, faults)
             if name not in self.places or self.places[name].host is not host:
-                return HostLost(f"{name} is gone")
+                return HostGone(f"{name} is gone")
             if self.places[name].frozen:
                 return NoAnswer(f"{name} has not answered in time")
         return answer

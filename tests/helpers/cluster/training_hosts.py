@@ -28,6 +28,7 @@ class Faults:
     interrupted: float = 0.0  # the shell leaves an exchange
     killed: float = 0.0  # the process that decides is gone, or only seems to be, before an order
     worker_gone: float = 0.0  # a worker is gone, or only seems to be, before an action
+    unseen: float = 0.0  # the controller tells of the hosts as it saw them the time before
     pool_changes: float = 0.15  # between two actions of the user: hosts come, leave, are drained
     one_at_a_time: bool = False  # no host is lost until what another one owned has owners again
     idle_only: bool = False  # only hosts that own nothing are lost

@@ -32,7 +32,7 @@ from moesaic.models.training.groups import TrainedTensors
 from moesaic.models.training.trainable_trunk import TrainableTrunk
 from moesaic.models.trunk.routing_record import record_routing
 from moesaic.models.trunk.trunk import connect_experts, load_trunk
-from moesaic.proto.errors import HostLost, MoesaicError, Superseded
+from moesaic.proto.errors import HostGone, HostLost, MoesaicError, Superseded
 from tests.helpers.pool.serving import PATIENT, Hosts, serving
 
 DECAY = {"lr": 1e-2, "weight_decay": 0.1}
@@ -81,8 +81,10 @@ class LocalPool:
 
     def _answer(self, host: str, order: Order) -> Answer | MoesaicError:
         self.orders.append((host, order))
-        if not self.gate(host, order) or host not in self.alive:
-            return HostLost(f"{host} is gone")
+        if host not in self.alive:
+            return HostGone(f"{host} is gone")
+        if not self.gate(host, order):
+            return HostLost(f"{host} does not answer")
         try:
             return self.alive[host].train(order)
         except MoesaicError as error:

@@ -18,7 +18,7 @@ from moesaic.cluster.training.run_hosts import RunHosts
 from moesaic.cluster.training.run_plan import PoolNow
 from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.versions import WeightVersions
-from moesaic.proto.errors import ClusterError, StepLost
+from moesaic.proto.errors import ClusterError, StateLost, StepLost
 from tests.helpers.cluster.planted_bugs import Bug, find, run_seed
 from tests.helpers.cluster.steps_world import TrainingWorld
 from tests.helpers.cluster.training_host import Violation
@@ -52,6 +52,11 @@ WORLDS: dict[str, dict[str, Any]] = {
         ),
     },
     "more owners than hosts": {"hosts": 3, "redundancy": 3, "faults": Faults()},
+    "changes are seen late": {
+        "hosts": 5,
+        "redundancy": 1,
+        "faults": Faults(lost=0.02, restarted=0.03, unseen=0.5, one_at_a_time=True),
+    },
 }
 
 
@@ -73,6 +78,7 @@ def test_invariants_hold_under_faults(kind: str) -> None:
     assert lost
     assert happened.keys() >= {"lost", "restarted", "frozen", "unanswered", "repeated", "joined"}
     assert happened.keys() >= {"drained"}
+    assert bool(happened["unseen"]) == (kind == LATE)
     if WORLDS[kind]["faults"].one_at_a_time or WORLDS[kind]["faults"].idle_only:
         assert not ends[True]
     if kind == "no redundancy":
@@ -262,6 +268,48 @@ def test_an_attempt_that_a_host_does_not_begin_is_lost_and_raises_when_it_is_use
     assert (world.steps.step, world.steps.attempt.number) == (2, 1)
 
 
+def test_a_restart_between_two_looks_is_seen() -> None:
+    world = TrainingWorld(0, hosts=3, redundancy=1)
+    key, (lost, *_) = next(iter(world.steps.owners.items()))
+    world.hosts.restart(lost)
+    world.follow()
+    assert world.steps.lost == f"{lost}: it is gone"
+    assert lost not in world.steps.owners[key]
+    world.train(1, attempts=2)
+    assert world.steps.step == 1
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_an_attempt_begins_without_a_host_that_is_gone_before_the_pool_says_so(
+    comes_back: bool,
+) -> None:
+    world = TrainingWorld(0, hosts=4, redundancy=1)
+    seen, lost = world.now(), world.steps.owners[min(world.steps.owners)][0]
+    if comes_back:
+        world.hosts.restart(lost)
+    else:
+        world.hosts.lose(lost)
+    world.exchange(world.steps.again(seen))
+    assert world.steps.lost == ""
+    assert lost not in {host for host, _ in world.steps.members}
+    assert all(lost not in hosts for hosts in world.steps.owners.values())
+    world.exchange(world.steps.again(seen))
+    assert world.steps.lost == "", "the pool still names it"
+    world.follow()
+    world.train(1, attempts=2)
+    assert world.steps.step == 1
+
+
+def test_a_run_is_broken_by_a_host_that_is_gone_with_what_it_owns_as_an_attempt_begins() -> None:
+    world = TrainingWorld(0, hosts=3, redundancy=0)
+    seen, lost = world.now(), world.steps.owners[min(world.steps.owners)][0]
+    world.hosts.lose(lost)
+    world.exchange(world.steps.again(seen))
+    assert "go back to a checkpoint" in world.steps.broken
+    with pytest.raises(StateLost, match=f"hosts were lost .{lost}: {lost} is gone"):
+        world.exchange(world.steps.again(seen))
+
+
 def test_a_run_begins_with_all_owners_or_not_at_all() -> None:
     world = TrainingWorld(0, hosts=3, redundancy=1)
     pool = world.now()
@@ -328,7 +376,7 @@ def test_a_host_on_another_kind_of_device_that_joins_owns_what_has_no_copies(
 # ---- planted bugs -------------------------------------------------------------------------------
 
 
-ONE, WILD, IDLE, NONE, GOING, MANY = WORLDS
+ONE, WILD, IDLE, NONE, GOING, MANY, LATE = WORLDS
 BEGINNING, DRAINED, NOT_CLOSED, MORE, COPY, RESTARTS = SCENARIOS
 EQUAL, GOES_ON, SAFE = (
     "owners are equal",
@@ -351,9 +399,6 @@ BUGS = {
         "dict.fromkeys(hosts.keys_by_host(), Gather",
         IDLE,
         EQUAL,
-    ),
-    "a restart between two looks is not seen": Bug(
-        "_gone", "now.get(host) != known", "host not in now", ONE, GOES_ON
     ),
     "a host comes back with the state of before": Bug(
         "enter", "CloseRun(run=plan.run),", "", WILD, EQUAL, RunHosts
@@ -448,7 +493,7 @@ BUGS = {
         "kept",
         "return [host",
         "return staying or [host",
-        ONE,
+        GOING,
         "owners are in different domains",
         _Dealing,
     ),
