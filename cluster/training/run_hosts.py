@@ -33,6 +33,7 @@ from .owners import (
     deal_owners,
     first_owners,
     keys_by_host,
+    ownerless,
     owners_of_shared,
     without_hosts,
 )
@@ -87,6 +88,13 @@ class RunHosts:
             before=self.owners,
         )
 
+    def dealt_anew(self, hosts: Iterable[str]) -> dict[ExpertKey, tuple[str, ...]]:
+        """Return `dealt`. Raises ClusterError if nobody can own something."""
+        dealt = self.dealt(hosts)
+        if none := ownerless(dealt):
+            raise ClusterError(f"no host can own {none[0]}: no host of the pool stays")
+        return dealt
+
     def own(
         self,
         keys: Iterable[ExpertKey],
@@ -113,6 +121,12 @@ class RunHosts:
         }
 
     # ---- hosts that come and go -----------------------------------------------------------------
+
+    def look(self, pool: PoolNow) -> dict[str, str]:
+        """Take note of the pool's hosts; return those that are gone, and why."""
+        self.pool, now = pool, pool.incarnations()
+        members = self.members.items()
+        return {host: "it is gone" for host, known in members if now.get(host) != known}
 
     def leave(self, gone: Iterable[str]) -> Owners:
         """Go on without hosts; return the owners that are left."""

@@ -23,7 +23,6 @@ from typing import TypeVar
 
 from ...proto.errors import (
     BadInput,
-    ClusterError,
     HostGone,
     MoesaicError,
     NotHere,
@@ -89,8 +88,9 @@ class TrainingSteps:
         self._turn = 0  # commits and checkpoints that were taken over: it never goes back
         self.versions = versions  # of the weights after the last commit
         self._next_version = next_version
-        # A version that is never to be served, because the process before may have committed it at
-        # a host that does not answer; who runs the exchanges says so to the controller.
+        self._is_begun = False  # hosts may have something of the next version
+        # A version that is never to be served, because some hosts may have something else by that
+        # number than others; who runs the exchanges says so to the controller.
         self.skipped: int | None = None
         self.broken = ""  # why the run cannot go on
         self._number = 0  # of the attempt; each step's first one is 1
@@ -98,10 +98,8 @@ class TrainingSteps:
         self._reduction: _Reduction | None = None
         self.owners_stay = False  # what they are, until the attempt ends
         # The first owners alone; `own` copies what they own to the others.
-        firsts = {key: names[:1] for key, names in hosts.dealt(pool.entries).items()}
+        firsts = {key: names[:1] for key, names in hosts.dealt_anew(pool.entries).items()}
         hosts.owners = firsts | owners_of_shared(filter(is_shared, firsts), firsts, {})
-        if none := ownerless(hosts.owners):
-            raise ClusterError(f"no host can own {none[0]}: no host of the pool stays")
 
     @property
     def attempt(self) -> Attempt:
@@ -201,7 +199,7 @@ class TrainingSteps:
                 "all); go back to a checkpoint, or train with redundancy"
             )
         if there.is_published:
-            self.skipped, self._next_version = self._next_version, self._next_version + 1
+            self._skip_version()
         else:
             self.versions = WeightVersions({self.plan.model: version})
             self._next_version = max(self._next_version, version + 1)
@@ -308,6 +306,7 @@ class TrainingSteps:
             f"the commit of {self.attempt} was interrupted, and some owners may have applied it; "
             "go back to a checkpoint"
         )
+        self._is_begun = True
         order = Commit(
             attempt=self.attempt, version=self._next_version, step=self.step + 1, groups=groups
         )
@@ -331,35 +330,42 @@ class TrainingSteps:
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
+    def skip(self) -> int | None:
+        """Return the `skipped` version: the next one, if some hosts may have something of it."""
+        if self._is_begun:
+            self._skip_version()
+        return self.skipped
+
     def forget(self, pool: PoolNow) -> Exchange[None]:
         """Let hosts forget what they own; a checkpoint's state comes in its place.
 
-        Who runs the exchange puts it into `owning`, and goes on with `take_over`. Until that ends
-        the run is broken. Raises ClusterError.
+        Call `skip` before it. Who runs the exchange puts the state into `owning`, and goes on with
+        `take_over`. Until that ends the run is broken. Raises ClusterError.
         """
+        assert not self._is_begun, "a version has two contents"
         self._forget_gradients()
         hosts = self._hosts
         self.broken = "a checkpoint was taken over in part; take it over again"
-        hosts.leave(self._gone(pool))
-        hosts.pool = pool
+        hosts.leave(hosts.look(pool))
         yield from self._enter({h: e for h, e in pool.entries.items() if h not in hosts.members})
         everything = tuple(sorted(self.plan.tensors))
         order = Disown(run=self.plan.run, keys=everything)
         raise_first((yield dict.fromkeys(hosts.members, order)), "forget what it owns")
         hosts.owners, hosts.left = {}, {}
-        hosts.owners = hosts.dealt(hosts.members)
+        hosts.owners = hosts.dealt_anew(hosts.members)
 
     def take_over(self, step: int) -> Exchange[None]:
         """Go on from the state after ``step`` that owners were given, as a new version."""
         # Owners get the new version's number with the state: a host that has it and others that
         # lack it cannot be mistaken for a pool that has taken over the whole checkpoint.
-        self._count_version()
-        yield from self._let_own(Standing(versions=self.versions, step=step))
-        version = self._next_version - 1
+        self._is_begun, version = True, self._next_version
+        versions = WeightVersions({self.plan.model: version})
+        yield from self._let_own(Standing(versions=versions, step=step))
         order = Serve(run=self.plan.run, version=version)
         raise_first((yield dict.fromkeys(self._hosts.keys_by_host(), order)), "serve what it owns")
         self.broken, self._lost = "", _NOT_BEGUN
         self.step, self._number = step, 0
+        self._count_version()
         yield self._hosts.renewals(version)
 
     # ---- hosts that come and go -----------------------------------------------------------------
@@ -373,9 +379,7 @@ class TrainingSteps:
         assert not self.owners_stay, "workers put gradients into them"
         self.check()
         hosts = self._hosts
-        gone = self._gone(pool)
-        hosts.pool = pool
-        self._leave(gone, "hosts were lost")
+        self._leave(hosts.look(pool), "hosts were lost")
         # A host owns nothing until it was seen again: when it began the run, it may have been
         # another incarnation already than the one of `pool`.
         known = set(hosts.members)
@@ -392,9 +396,7 @@ class TrainingSteps:
         That is for the time between a commit and the next attempt. Raises StateLost.
         """
         hosts = self._hosts
-        gone = self._gone(pool)
-        hosts.pool = pool
-        self._leave(gone, "hosts were lost")
+        self._leave(hosts.look(pool), "hosts were lost")
         new = {h: e for h, e in pool.entries.items() if h not in hosts.members}
         yield from self._enter(new)
         yield hosts.renewals(self.versions.models[self.plan.model])
@@ -420,11 +422,6 @@ class TrainingSteps:
             raise self.lose(f"{host}: {answer}") from answer
         assert isinstance(answer, kind), answer
         return answer
-
-    def _gone(self, pool: PoolNow) -> dict[str, str]:
-        now = pool.incarnations()
-        members = self._hosts.members.items()
-        return {host: "it is gone" for host, known in members if now.get(host) != known}
 
     def _leave(self, gone: Mapping[str, object], why: str) -> None:
         """Go on without hosts, or break off if they had the only state of something."""
@@ -470,10 +467,14 @@ class TrainingSteps:
         doubt = (f"{host}: {error}" for host, error in failed.items() if host not in gone)
         self._lost = next(doubt, "")
 
+    def _skip_version(self) -> None:
+        self.skipped, self._is_begun = self._next_version, False
+        self._next_version += 1
+
     def _count_version(self) -> None:
         """Take note that owners have the weights of the next version."""
         self.versions = WeightVersions({self.plan.model: self._next_version})
-        self._next_version += 1
+        self._next_version, self._is_begun = self._next_version + 1, False
         self._turn += 1
 
     def _reduce(

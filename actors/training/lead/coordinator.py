@@ -468,9 +468,9 @@ class Coordinator:
                     f"the workers have different checkpoints: {dict(brought)}; give all of them "
                     "the same one"
                 )
-            if self.steps.versions != self._served:
-                # A checkpoint was taken over in part; hosts have room when it is gone.
-                self._pool.now(skip=self.steps.versions.models[self.plan.model])
+            if (skipped := self.steps.skip()) is not None:
+                # Hosts have room when it is gone.
+                self._pool.now(skip=skipped)
                 self.driver.await_room()
             self.driver.exchange(self.steps.forget(self._pool.now()))
             return self._where(), list(brought)

@@ -28,6 +28,7 @@ from moesaic.cluster.training.orders import (
     Prepared,
     Reduce,
     Renew,
+    Serve,
     Succeed,
 )
 from moesaic.proto.errors import NotHere, Superseded
@@ -103,6 +104,9 @@ class TrainingHost:
         self._put[attempt, key, source] = gradient
 
     def put_weights(self, run: int, key: ExpertKey, given: int) -> None:
+        self.put_state(run, key, Owned(given))
+
+    def put_state(self, run: int, key: ExpertKey, given: Owned) -> None:
         self._check(run)
         self._given[key] = given
 
@@ -169,6 +173,10 @@ class TrainingHost:
             case Finish():
                 self._check(order.run)
                 self._commit(order.commit)
+            case Serve(run=run, version=version):
+                self._check(run)
+                for key in self.experts & self.owned.keys():
+                    self.weights.setdefault((key, version), self.owned[key].master)
             case Renew():
                 self._renew(order)
         return None
@@ -185,7 +193,7 @@ class TrainingHost:
         self._closed = False
         self._sums: dict[ExpertKey, int] = {}
         self._put: dict[tuple[Attempt, ExpertKey, str], int] = {}
-        self._given: dict[ExpertKey, int] = {}
+        self._given: dict[ExpertKey, Owned] = {}
         self._prepared: dict[ExpertKey, int | None] = {}
         self._committed: Attempt | None = None
         self._last: Commit | None = None
@@ -199,7 +207,7 @@ class TrainingHost:
             if key in self.owned:
                 continue
             if key in self._given:
-                self.owned[key] = Owned(self._given.pop(key))
+                self.owned[key] = self._given.pop(key)
             elif new.source is not None:
                 self.owned[key] = self.peer(new.source).state(order.run, key)
             elif is_shared(key):

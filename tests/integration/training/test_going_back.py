@@ -68,6 +68,28 @@ def test_a_run_whose_state_is_lost_goes_on_from_its_checkpoint(
     assert all(host.report().owned == 0 for host in pool.alive.values())
 
 
+def test_nothing_is_left_of_a_step_that_only_some_hosts_have_applied(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Those would serve it by the number that the checkpoint's weights were given."""
+    plain, expected = plain_run(folder, STEPS)
+    with (
+        training_pool(folder, hosts=3, replicas=2) as pool,
+        optimizing(pool, folder) as (model, optimizer),
+    ):
+        for step in range(SAVED):
+            one_step(model, optimizer, step)
+        optimizer.save(tmp_path / "saved")
+        pool.gate = lambda host, order: host != "host-2" or not isinstance(order, Commit)
+        with pytest.raises(StateLost, match="host-2: host-2 does not answer"):
+            one_step(model, optimizer, SAVED)
+        pool.gate = lambda host, order: True
+        optimizer.load(tmp_path / "saved")
+        found = [one_step(model, optimizer, step) for step in range(SAVED, STEPS)]
+        assert torch.tensor(found).sub(torch.tensor(expected[SAVED:])).abs().max() < 1e-12
+        assert_same_model(pool, model, plain, 1e-12)
+
+
 @pytest.mark.parametrize("published", [True, False])
 def test_a_successor_without_the_state_begins_and_takes_a_checkpoint(
     folder: Path, tmp_path: Path, published: bool
