@@ -200,6 +200,8 @@ class TrainingSteps:
             )
         if there.is_published:
             self._skip_version()
+        elif self.broken:
+            self._next_version, self._is_begun = version, True
         else:
             self.versions = WeightVersions({self.plan.model: version})
             self._next_version = max(self._next_version, version + 1)

@@ -177,6 +177,9 @@ class Coordinator:
         self._beginning.shutdown(cancel_futures=True)
         with self.driver.lock:
             self.driver.end()
+        with self._lock:
+            # An error has the frames of whoever caught it, and these may have the whole model.
+            self._meetings = {}
 
     # ---- attempts -------------------------------------------------------------------------------
 

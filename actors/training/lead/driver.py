@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from typing import Protocol, TypeVar
 
 from ....cluster.placement import PlacementId
@@ -121,13 +122,13 @@ class RunDriver:
 
     def finish(self, why: MoesaicError) -> None:
         """Take no more orders."""
-        self.over = self.over or why
-        self._ended(why)
+        self.over = self.over or copy(why)
+        self._ended(copy(why))
 
     def check(self) -> None:
         """Raise the error with which the run has ended."""
         if self.over is not None:
-            raise self.over
+            raise copy(self.over)  # what is raised keeps the frames of whoever catches it
 
     def exchange(
         self,

@@ -81,9 +81,10 @@ class LocalPool:
 
     def _answer(self, host: str, order: Order) -> Answer | MoesaicError:
         self.orders.append((host, order))
+        is_reached = self.gate(host, order)
         if host not in self.alive:
             return HostGone(f"{host} is gone")
-        if not self.gate(host, order):
+        if not is_reached:
             return HostLost(f"{host} does not answer")
         try:
             return self.alive[host].train(order)
