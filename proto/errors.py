@@ -20,6 +20,7 @@ They cross the wire by name::
     |   |-- NoAnswer             a part of the cluster is too slow, or restarts
     |   |-- Ending               the service ends, and accepts no new requests
     |   |-- HostLost             a host's connection ended
+    |   |   `-- HostGone         its process has ended
     |   |-- Corrupted            bytes changed on the way
     |   |-- Interrupted          an answer stopped and cannot continue
     |   |-- Overloaded           the endpoint's limit of requests, or of their bytes, is reached

@@ -15,7 +15,6 @@ from ....cluster.train_command.train_spec import TrainSpec
 from ....models.trunk.config import torch_dtype
 from ....models.trunk.describe import experts_per_token
 from ....proto.errors import NoRun, describe_error
-from ...engine.trunk_config import TrunkConfig
 from ...runtime.devices import pick_device
 from ...runtime.process_log import begin_process
 from ...runtime.ray_border import cluster_of
@@ -64,7 +63,11 @@ class RayTrainWorker:
         work, given = self._work, self._work.spec
         config = program_config(work.namespace, work.model)
         config = replace(config, name=f"train-{config.name}", threads=given.workers.threads)
-        trunk = open_trunk(config, learns=True, dtype=_trunk_dtype(config, given.workers.dtype))
+        trunk = open_trunk(
+            config,
+            learns=True,
+            dtype=_trunk_dtype(work.model.dtype, config.device, given.workers.dtype),
+        )
         try:
             optimizer = self._optimizer(trunk)
             try:
@@ -116,8 +119,9 @@ class RayTrainWorker:
         )
 
 
-def _trunk_dtype(config: TrunkConfig, wanted: str) -> torch.dtype:
-    dtype = torch_dtype(config.model.dtype if wanted == "auto" else wanted)
-    if wanted == "auto" and pick_device(config.device).type == "cpu":
+def _trunk_dtype(of_model: str, device: str, wanted: str) -> torch.dtype:
+    """Return the type that the spec wants; `auto` is float32 on CPUs for 16-bit models."""
+    dtype = torch_dtype(of_model if wanted == "auto" else wanted)
+    if wanted == "auto" and pick_device(device).type == "cpu":
         return torch.promote_types(dtype, torch.float32)
     return dtype

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cluster.going_back import train_and_go_back
 from tests.helpers.cluster.planted_bugs import ATTEMPTS, STEPS, Bug
 from tests.helpers.cluster.steps_world import TrainingWorld
 from tests.helpers.cluster.training_host import Violation
 from tests.helpers.cluster.training_hosts import Faults
 from tests.helpers.effort import tries
+from tests.helpers.training.simulated_going_back import train_and_go_back
 
 SEEDS = tries(200)
 WORLDS: dict[str, dict[str, Any]] = {
