@@ -1,4 +1,4 @@
-"""What a training run says of itself: one line of JSON for each step and each evaluation.
+"""What a training run says of itself: a line of JSON for each step, evaluation, and return.
 
 The lines are in one file, which grows. A step that was done again, after a checkpoint was taken
 over, has another line; the last one counts.
@@ -49,8 +49,21 @@ class HeldOutRecord:
         return math.exp(min(self.held_out_loss, 700.0))
 
 
-Record = StepRecord | HeldOutRecord
-_R = TypeVar("_R", StepRecord, HeldOutRecord)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReturnRecord:
+    """The run has gone back to a checkpoint, because its state was lost."""
+
+    step: int  # steps that are done with it
+    lost: str  # what was lost
+
+    @property
+    def words(self) -> str:
+        """It, for people."""
+        return f"the run has gone back to its checkpoint after step {self.step}: {self.lost}"
+
+
+Record = StepRecord | HeldOutRecord | ReturnRecord
+_R = TypeVar("_R", StepRecord, HeldOutRecord, ReturnRecord)
 
 
 def line_of(record: Record) -> str:
@@ -66,6 +79,8 @@ def record_of(line: str) -> Record:
             raise ValueError("it is no object")
         if "held_out_loss" in values:
             return _made(HeldOutRecord, values)
+        if "lost" in values:
+            return _made(ReturnRecord, values)
         return _made(StepRecord, values)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{line[:80]!r}: no record of a step: {error}") from error
@@ -81,11 +96,13 @@ def history(records: Iterable[Record]) -> tuple[list[StepRecord], list[HeldOutRe
     steps: dict[int, StepRecord] = {}
     held_out: dict[int, HeldOutRecord] = {}
     for one in records:
-        if isinstance(one, StepRecord):
-            # What followed it was before a checkpoint was taken over.
-            steps = {step: old for step, old in steps.items() if step < one.step}
-            held_out = {step: old for step, old in held_out.items() if step < one.step}
-            steps[one.step] = one
-        else:
+        if isinstance(one, HeldOutRecord):
             held_out[one.step] = one
+            continue
+        # What followed it was before a checkpoint was taken over.
+        left = one.step - isinstance(one, StepRecord)
+        steps = {step: old for step, old in steps.items() if step <= left}
+        held_out = {step: old for step, old in held_out.items() if step <= left}
+        if isinstance(one, StepRecord):
+            steps[one.step] = one
     return list(steps.values()), list(held_out.values())

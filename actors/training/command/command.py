@@ -10,7 +10,7 @@ from threading import Event
 
 from ....cluster.placement import ModelRef
 from ....cluster.reports.training import TrainReport
-from ....cluster.train_command.records import Record, StepRecord, history
+from ....cluster.train_command.records import HeldOutRecord, Record, ReturnRecord, history
 from ....cluster.train_command.train_spec import TrainSpec
 from .crew import WorkerCrew
 from .events import Events
@@ -84,9 +84,9 @@ def _follow(work: Work, folder: RunFolder, stop: Event, watcher: Watcher) -> Non
                 ended = crew.look(step, _LOOK_S)
                 records, place = folder.records(place)
                 for record in records:
-                    if isinstance(record, StepRecord):
-                        if record.step <= step:
-                            watcher.said(f"the run went back to step {record.step - 1}")
+                    if isinstance(record, ReturnRecord):
+                        watcher.said(record.words)
+                    if not isinstance(record, HeldOutRecord):
                         step = record.step
                     events.add(record, watcher.balancedness())
                     watcher.recorded(record)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ....cluster.train_command.records import Record, StepRecord
+from ....cluster.train_command.records import HeldOutRecord, Record, ReturnRecord
 
 _OF_STEPS = (
     *("loss", "lr", "grad_norm", "balance_loss"),
@@ -34,7 +34,9 @@ class Events:
         """Add all numbers of a record; ``balancedness`` is that of the hosts."""
         if self._writer is None:
             return
-        if not isinstance(record, StepRecord):
+        if isinstance(record, ReturnRecord):
+            return
+        if isinstance(record, HeldOutRecord):
             self._writer.add_scalar("held_out/loss", record.held_out_loss, record.step)
             self._writer.add_scalar("held_out/perplexity", record.perplexity, record.step)
             return

@@ -20,7 +20,13 @@ from transformers import PreTrainedModel
 
 from ....cluster.expert_keys import LayerKey
 from ....cluster.load.routing_watch import RoutingWatch
-from ....cluster.train_command.records import HeldOutRecord, Record, StepRecord, history
+from ....cluster.train_command.records import (
+    HeldOutRecord,
+    Record,
+    ReturnRecord,
+    StepRecord,
+    history,
+)
 from ....cluster.train_command.train_spec import TrainSpec
 from ....models.data.dealt import Dealt
 from ....models.data.sequences import sequence
@@ -156,6 +162,8 @@ class TrainingLoop:
             if self._folder.newest() is None:
                 raise CheckpointError(f"{error}. No checkpoint was written yet") from error
             self._load()
+            if self._run.number == 0:
+                self._folder.add(ReturnRecord(step=self._run.step, lost=str(error)))
         self._lost = False
 
     @property

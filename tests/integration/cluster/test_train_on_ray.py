@@ -118,7 +118,7 @@ def test_state_that_is_lost_takes_the_run_back_by_itself(
     report = run.train(resume=True)
     assert report.steps == 12
     assert_same(run, undisturbed)
-    assert any("went back to step 6" in line for line in run.said), run.said
+    assert any("gone back to its checkpoint after step 6" in line for line in run.said), run.said
 
 
 def test_ctrl_c_saves_and_resume_goes_on(

@@ -11,7 +11,7 @@ import torch
 
 from moesaic.actors.training.command.run_folder import RunFolder
 from moesaic.actors.training.lead import coordinator as coordinator_module
-from moesaic.cluster.train_command.records import StepRecord
+from moesaic.cluster.train_command.records import ReturnRecord, StepRecord
 from moesaic.proto.errors import CheckpointError
 from tests.helpers.training.runs import training_pool
 from tests.helpers.training.train_runs import (
@@ -136,6 +136,9 @@ def test_a_run_goes_back_to_its_checkpoint_by_itself(folder: Path, run: RunFolde
         *range(1, 6),
         *range(5, 9),
     ]
+    (back,) = [one for one in run.records()[0] if isinstance(one, ReturnRecord)]
+    assert back.step == 4
+    assert "gone back to its checkpoint after step 4: hosts were lost (host-1" in back.words
 
 
 def test_a_run_whose_state_is_lost_before_its_first_checkpoint_ends(

@@ -63,7 +63,7 @@ def train(
     given = load_train_spec(spec, data=data, steps=steps, folder=folder)
     shown = _Lines(given.steps, connect(given.cluster), given.model)
     watcher = Watcher(
-        said=_say, packed=_packed, recorded=shown.record, balancedness=shown.balancedness
+        said=shown.say, packed=_packed, recorded=shown.record, balancedness=shown.balancedness
     )
     with _stopping() as stop:
         report = run(given, resume=resume, check=check, stop=stop, watcher=watcher)
@@ -92,13 +92,19 @@ class _Lines:
         self._waiting = ""
         self._collapsed = False
 
+    def say(self, line: str) -> None:
+        self.end()
+        _say(line)
+
     def record(self, record: Record) -> None:
-        from ...cluster.train_command.records import HeldOutRecord
+        from ...cluster.train_command.records import HeldOutRecord, StepRecord
 
         if isinstance(record, HeldOutRecord):
             self.end()
             err.print(self._progress.held_out(record), markup=False)
             return
+        if not isinstance(record, StepRecord):
+            return  # `say` has printed it
         self._waiting = self._progress.step(record)
         now = time.monotonic()
         if self._printed_at is None or now - self._printed_at >= _LINE_S:

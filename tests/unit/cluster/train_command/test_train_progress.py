@@ -12,6 +12,7 @@ from moesaic.cluster.train_command.page import train_spec_page
 from moesaic.cluster.train_command.progress import Progress
 from moesaic.cluster.train_command.records import (
     HeldOutRecord,
+    ReturnRecord,
     StepRecord,
     history,
     line_of,
@@ -60,6 +61,11 @@ def test_what_came_after_a_checkpoint_that_was_taken_over_does_not_count() -> No
     found, evaluations = history([held_out(0), *steps, held_out(3), again, held_out(2)])
     assert [(one.step, one.loss) for one in found] == [(1, 1.0), (2, 9.0)]
     assert [one.step for one in evaluations] == [0, 2]
+    back = ReturnRecord(step=1, lost="host-1")
+    found, evaluations = history([held_out(0), *steps, held_out(1), held_out(3), back])
+    assert [one.step for one in found] == [1]
+    assert [one.step for one in evaluations] == [0, 1]
+    assert record_of(line_of(back)) == back
 
 
 def test_the_lines_of_a_run() -> None:
