@@ -86,9 +86,14 @@ def problems(error: ValidationError, values: dict[Any, Any]) -> str:
     given: dict[str, str] = {}
     for problem in error.errors(include_url=False, include_context=False):
         path = _path(problem["loc"], values)
-        text = problem["msg"].removeprefix("Value error, ")
-        unknown = problem["type"] == "extra_forbidden"
-        texts[path].append(_unknown_key(problem["loc"]) if unknown else text)
+        match problem["type"]:
+            case "extra_forbidden":
+                text = _unknown_key(problem["loc"])
+            case "model_type" | "model_attributes_type":
+                text = "it has keys of its own, and is no single value"
+            case _:
+                text = problem["msg"].removeprefix("Value error, ")
+        texts[path].append(text)
         if path and problem["type"] != "missing":
             given[path] = f" (got {_short(problem['input'])})"
     return "; ".join(

@@ -27,13 +27,18 @@ class Dealt:
         self, tokens: TokenFile, *, length: int, per_step: int, held_out: float, seed: int
     ) -> None:
         usable, self.largest_token = _with_targets(tokens, length)
+        if not usable:
+            raise BadInput(
+                f"no sequence of {length} tokens has something to learn; give more documents, or "
+                "shorter sequences"
+            )
         count = round(held_out * len(usable))
         # The part that was asked for may be less than one.
         count = max(count, 1) if held_out and len(usable) > 1 else count
         if count >= len(usable):
             raise BadInput(
-                f"{tokens.path}: {len(usable)} sequences of {length} tokens have something to "
-                "learn, and all of them are held out; give more documents, or a smaller held_out"
+                f"{len(usable)} sequences of {length} tokens have something to learn, and all of "
+                "them are held out; give more documents, or a smaller held_out"
             )
         digest = hashlib.sha256(f"held out {seed}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -96,13 +96,16 @@ def prepare(
             found = pack(documents(source), read_tokenizer(model), learn=given.learn)
             write_token_file(folder.tokens, _told(found, packed), about=about)
     with TokenFile(folder.tokens) as tokens:
-        dealt = Dealt(
-            tokens,
-            length=given.sequence_length,
-            per_step=spec.batch.sequences,
-            held_out=given.held_out,
-            seed=given.seed,
-        )
+        try:
+            dealt = Dealt(
+                tokens,
+                length=given.sequence_length,
+                per_step=spec.batch.sequences,
+                held_out=given.held_out,
+                seed=given.seed,
+            )
+        except BadInput as error:
+            raise BadInput(f"data.path: {given.path}: {error}") from error
         _check_vocabulary(model, dealt.largest_token)
         if spec.evaluation is not None and not dealt.held_out:
             raise SpecError(
