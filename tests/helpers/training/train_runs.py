@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ from moesaic.models.data.dealt import Dealt
 from moesaic.models.data.packing import Packed
 from moesaic.models.data.sequences import sequence
 from moesaic.models.data.token_file import TokenFile, write_token_file
+from moesaic.models.trunk.experts_layers import expert_tensors, experts_layers
 from tests.helpers.training.runs import LocalPool, Team, optimizing
-from tests.helpers.training.trunks import plain_model
+from tests.helpers.training.trunks import assert_near, plain_model
 
 PER_TOKEN = 2  # experts of a token, in the tiny mixtral
 LENGTH = 8
@@ -59,8 +61,16 @@ def train_spec(**changes: Any) -> TrainSpec:
     return TrainSpec.model_validate(values | changes)
 
 
-def plain_losses(folder: Path, spec: TrainSpec, run: RunFolder) -> tuple[Any, list[Any], list[Any]]:
-    """Return the plain model after all steps, (loss, norm) of each, and the held-out losses."""
+class Plain(NamedTuple):
+    """What the same steps make of a plain model."""
+
+    model: Any  # after all steps
+    moments: dict[str, Any]  # AdamW's, by their names: each as the model's tensors
+    steps: list[tuple[float, float]]  # loss and norm
+    held_out: list[float]  # losses
+
+
+def plain_run(folder: Path, spec: TrainSpec, run: RunFolder) -> Plain:
     plain = plain_model(folder, torch.float64)
     adam = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
     curve, data = spec.curve, spec.data
@@ -117,7 +127,39 @@ def plain_losses(folder: Path, spec: TrainSpec, run: RunFolder) -> tuple[Any, li
             adam.zero_grad()
             steps.append((float(loss.detach()) / count, float(norm)))
         evaluate(spec.steps)
-    return plain, steps, held_out
+    return Plain(
+        plain,
+        {kind: _moments(plain, adam, kind) for kind in ("exp_avg", "exp_avg_sq")},
+        steps,
+        held_out,
+    )
+
+
+def _moments(plain: Any, adam: torch.optim.Optimizer, kind: str) -> Any:
+    model = deepcopy(plain)
+    with torch.no_grad():
+        for of_model, one in zip(model.parameters(), plain.parameters(), strict=True):
+            of_model.copy_(adam.state[one][kind])
+    return model
+
+
+def assert_same_moments(run: RunFolder, expected: Plain, tolerance: float) -> None:
+    """The newest checkpoint has the moments of the plain model's optimizer."""
+    checkpoint = run.newest()
+    assert checkpoint is not None
+    of_trunk = dict(checkpoint.trunk_state())
+    for kind, model in expected.moments.items():
+        layers = experts_layers(model)
+        in_pool = {id(one) for layer in layers for one in layer.module.parameters()}
+        for name, wanted in model.named_parameters():
+            if id(wanted) not in in_pool:
+                assert_near(of_trunk[f"{name}.{kind}"], wanted.detach(), tolerance, name)
+        for layer in layers:
+            for expert in range(layer.num_experts):
+                state = checkpoint.state(layer.layer, expert)
+                for name, wanted in expert_tensors(layer, expert).items():
+                    assert_near(state[f"{name}.{kind}"], wanted, tolerance, f"{expert} {name}")
+                    assert float(state[f"{name}.step"]) == len(expected.steps)
 
 
 class Runner:

@@ -15,8 +15,10 @@ from moesaic.cluster.train_command.records import ReturnRecord, StepRecord
 from moesaic.proto.errors import CheckpointError
 from tests.helpers.training.runs import training_pool
 from tests.helpers.training.train_runs import (
+    Plain,
     Runner,
-    plain_losses,
+    assert_same_moments,
+    plain_run,
     train_spec,
     write_tokens,
 )
@@ -47,11 +49,9 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def assert_same(
-    runner: Runner, expected: tuple[Any, list[Any], list[Any]], tolerance: float = 1e-10
-) -> list[StepRecord]:
-    """All steps and evaluations were recorded, and are the plain model's."""
-    plain, losses, held_out = expected
+def assert_same(runner: Runner, expected: Plain, tolerance: float = 1e-10) -> list[StepRecord]:
+    """All steps and evaluations were recorded, and are the plain model's; so are the moments."""
+    plain, _, losses, held_out = expected
     steps, evaluations = runner.told()
     assert [one.step for one in steps] == list(range(1, len(losses) + 1))
     got = torch.tensor([(one.loss, one.grad_norm) for one in steps], dtype=torch.float64)
@@ -59,6 +59,7 @@ def assert_same(
     seen = torch.tensor([one.held_out_loss for one in evaluations], dtype=torch.float64)
     assert (seen - torch.tensor(held_out, dtype=torch.float64)).abs().max() < tolerance
     assert_same_model(runner.pool, runner.models[-1], plain, tolerance)
+    assert_same_moments(runner.run, expected, 2 * tolerance)
     return steps
 
 
@@ -70,7 +71,7 @@ def test_the_steps_are_those_of_the_plain_model(
 ) -> None:
     """With four workers one has no microbatch."""
     spec = train_spec(balance_loss=balance_loss)
-    expected = plain_losses(folder, spec, run)
+    expected = plain_run(folder, spec, run)
     with training_pool(folder, hosts=2, replicas=2) as pool:
         runner = Runner(pool, folder, spec, run)
         runner.train(workers)
@@ -88,7 +89,7 @@ def test_a_run_is_resumed_in_another_epoch_with_other_workers_and_hosts(
     folder: Path, run: RunFolder
 ) -> None:
     spec = train_spec()
-    expected = plain_losses(folder, spec, run)
+    expected = plain_run(folder, spec, run)
     with training_pool(folder, hosts=1) as pool:
         runner = Runner(pool, folder, spec, run)
 
@@ -114,7 +115,7 @@ def test_a_run_is_resumed_in_another_epoch_with_other_workers_and_hosts(
 
 def test_a_run_goes_back_to_its_checkpoint_by_itself(folder: Path, run: RunFolder) -> None:
     spec = train_spec()
-    expected = plain_losses(folder, spec, run)
+    expected = plain_run(folder, spec, run)
     with training_pool(folder, hosts=3, replicas=2) as pool:
         runner = Runner(pool, folder, spec, run)
 
