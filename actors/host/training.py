@@ -225,15 +225,15 @@ class HostTraining:
     def _become_owner(self, run: RunTensors, key: ExpertKey, new: NewlyOwned, order: Own) -> None:
         versions = order.versions
         at = versions.of(key), order.step
-        if (state := run.given(key, "state")) is not None:
-            run.restore(key, state, new.groups, at)
-        elif (weights := run.given(key, "weights")) is not None:
-            run.own(key, weights, new.groups, at)
-        elif new.source is not None:
+        if new.source is not None:
             wanted = BulkKey("state", key, run=run.opened.run)
             with self._links.get(new.source, wanted, timeout_s=FETCH_S) as found:
                 state = {name: tensor.clone() for name, tensor in found.items()}
             run.restore(key, state, new.groups, at)
+        elif (state := run.given(key, "state")) is not None:
+            run.restore(key, state, new.groups, at)
+        elif (weights := run.given(key, "weights")) is not None:
+            run.own(key, weights, new.groups, at)
         elif key.layer != TRUNK:
             held = self._with_shared(key, versions) if key.expert == SHARED else key
             # What is read from a slab is a copy.

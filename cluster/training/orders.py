@@ -66,9 +66,9 @@ class Opened(NamedTuple):
 class NewlyOwned(NamedTuple):
     """How a host becomes the owner of a key.
 
-    Tensors that ``groups`` does not name are not trained. What was put into the host for the key
-    comes first: its state, or else its weights. Then the state of ``source``; at last the weights
-    that the host itself serves.
+    Tensors that ``groups`` does not name are not trained. Its state is that of ``source``; without
+    one it is what was put into the host for the key, its state or else its weights; at last it
+    begins with the weights that the host itself serves.
     """
 
     groups: Mapping[str, int]  # name -> the group of its hyperparameters

@@ -65,6 +65,11 @@ class RunHosts:
 
     # ---- queries --------------------------------------------------------------------------------
 
+    @property
+    def strangers(self) -> dict[str, HostEntry]:
+        """The pool's hosts that do not know the run."""
+        return {h: entry for h, entry in self.pool.entries.items() if h not in self.members}
+
     def owning(self, key: ExpertKey) -> list[HostEntry]:
         """Return the owners of a key."""
         return [self.pool.entries[h] for h in self.owners.get(key, ()) if h in self.pool.entries]

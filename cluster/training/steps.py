@@ -143,9 +143,9 @@ class TrainingSteps:
 
     def open(self) -> Exchange[None]:
         """Let all hosts begin the run. Raises ClusterError, also if memory does not suffice."""
-        hosts = self._hosts
-        raise_first((yield from self._enter(hosts.pool.entries)), "begin the run")
-        check_room(self.plan, self.planned_memory(), hosts.pool, hosts.free_bytes)
+        pool = self._hosts.pool
+        raise_first((yield from self._enter(pool.entries)), "begin the run")
+        check_room(self.plan, self.planned_memory(), pool, self._hosts.free_bytes)
 
     def own(self) -> Exchange[None]:
         """Let owners take over what is trained, and begin the first attempt. Raises ClusterError.
@@ -231,7 +231,8 @@ class TrainingSteps:
         """
         self.check()
         self._forget_gradients()
-        yield from self.follow(pool)
+        # Others get what they are to own in `follow`, beside the attempt: that takes longer.
+        yield from self._see(pool)
         yield from self._begin()
 
     def stay(self) -> None:
@@ -349,7 +350,7 @@ class TrainingSteps:
         hosts = self._hosts
         self.broken = "a checkpoint was taken over in part; take it over again"
         hosts.leave(hosts.look(pool))
-        yield from self._enter({h: e for h, e in pool.entries.items() if h not in hosts.members})
+        yield from self._enter(hosts.strangers)
         everything = tuple(sorted(self.plan.tensors))
         order = Disown(run=self.plan.run, keys=everything)
         raise_first((yield dict.fromkeys(hosts.members, order)), "forget what it owns")
@@ -380,13 +381,11 @@ class TrainingSteps:
         """
         assert not self.owners_stay, "workers put gradients into them"
         self.check()
-        hosts = self._hosts
-        self._leave(hosts.look(pool), "hosts were lost")
         # A host owns nothing until it was seen again: when it began the run, it may have been
         # another incarnation already than the one of `pool`.
-        known = set(hosts.members)
-        new = {h: e for h, e in pool.entries.items() if h not in hosts.members}
-        failed = yield from self._enter(new)
+        hosts, before = self._hosts, self.members
+        failed = yield from self._see(pool)
+        known = {host for host, _ in before & self.members}
         failed |= yield from hosts.let_forget()
         failed |= yield from hosts.move(hosts.dealt(known), self._stands)
         failed |= yield from hosts.let_forget()
@@ -397,11 +396,8 @@ class TrainingSteps:
 
         That is for the time between a commit and the next attempt. Raises StateLost.
         """
-        hosts = self._hosts
-        self._leave(hosts.look(pool), "hosts were lost")
-        new = {h: e for h, e in pool.entries.items() if h not in hosts.members}
-        yield from self._enter(new)
-        yield hosts.renewals(self.versions.models[self.plan.model])
+        yield from self._see(pool)
+        yield self._hosts.renewals(self.versions.models[self.plan.model])
 
     # ---- parts of these -------------------------------------------------------------------------
 
@@ -424,6 +420,11 @@ class TrainingSteps:
             raise self.lose(f"{host}: {answer}") from answer
         assert isinstance(answer, kind), answer
         return answer
+
+    def _see(self, pool: PoolNow) -> Exchange[dict[str, MoesaicError]]:
+        """Go on with the pool's hosts; return the failures of those that have come."""
+        self._leave(self._hosts.look(pool), "hosts were lost")
+        return (yield from self._enter(self._hosts.strangers))
 
     def _leave(self, gone: Mapping[str, object], why: str) -> None:
         """Go on without hosts, or break off if they had the only state of something."""

@@ -152,6 +152,7 @@ class TrainingHost:
                 self._check(run)
                 for key in keys:
                     self.owned.pop(key, None)
+                    self._given.pop(key, None)
                     self._versions.pop(key, None)
             case Begin(attempt=attempt):
                 self._check(attempt.run)
@@ -206,10 +207,11 @@ class TrainingHost:
         for key, new in order.keys.items():
             if key in self.owned:
                 continue
-            if key in self._given:
-                self.owned[key] = self._given.pop(key)
-            elif new.source is not None:
+            if new.source is not None:
                 self.owned[key] = self.peer(new.source).state(order.run, key)
+                self._given.pop(key, None)
+            elif key in self._given:
+                self.owned[key] = self._given.pop(key)
             elif is_shared(key):
                 self._check_serves_some(key, order.versions.of(key))
                 self.owned[key] = Owned(first_weights(key))
