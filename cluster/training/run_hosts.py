@@ -94,7 +94,7 @@ class RunHosts:
         )
 
     def dealt_anew(self, hosts: Iterable[str]) -> dict[ExpertKey, tuple[str, ...]]:
-        """Return `dealt`. Raises ClusterError if nobody can own something."""
+        """Deal owners as `dealt` does. Raises ClusterError for a key that no host may own."""
         dealt = self.dealt(hosts)
         if none := ownerless(dealt):
             raise ClusterError(f"no host can own {none[0]}: no host of the pool stays")

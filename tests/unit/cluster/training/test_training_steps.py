@@ -6,21 +6,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
 from typing import Any, Literal
 
 import pytest
 
-from moesaic.cluster.expert_keys import ExpertKey, is_shared
 from moesaic.cluster.training.orders import Begin, CloseRun, Commit, Disown, Order, Own
 from moesaic.cluster.training.owners import _Dealing
 from moesaic.cluster.training.run_hosts import RunHosts
 from moesaic.cluster.training.run_plan import PoolNow
 from moesaic.cluster.training.steps import TrainingSteps
 from moesaic.cluster.versions import WeightVersions
-from moesaic.proto.errors import ClusterError, StateLost, StepLost
+from moesaic.proto.errors import ClusterError, StepLost
 from tests.helpers.cluster.planted_bugs import Bug, find, run_seed
 from tests.helpers.cluster.steps_world import TrainingWorld
 from tests.helpers.cluster.training_host import Violation
@@ -254,24 +252,6 @@ def test_a_lost_owner_is_named_with_what_to_do() -> None:
     assert "checkpoint" in world.steps.lost
 
 
-def test_of_two_lost_hosts_the_one_that_owned_the_key_is_named() -> None:
-    def pairs() -> Iterator[tuple[TrainingWorld, tuple[str, str], ExpertKey, str]]:
-        for seed in range(20):
-            world = TrainingWorld(seed, hosts=4, redundancy=0)
-            for pair in combinations(sorted(world.hosts.names), 2):
-                for key, (owner, *_) in world.steps.owners.items():
-                    if owner in pair and not is_shared(key):
-                        yield world, pair, key, owner
-                        break
-
-    # The first key without an owner is not one of the host that is lost first.
-    world, pair, key, owner = next(found for found in pairs() if found[3] == found[1][1])
-    for host in pair:
-        world.hosts.lose(host)
-    with pytest.raises(StateLost, match=f"hosts were lost .{owner}: it is gone.*{key} "):
-        world.exchange(world.steps.follow(world.now()))
-
-
 def test_an_attempt_that_a_host_does_not_begin_is_lost_and_raises_when_it_is_used() -> None:
     world = TrainingWorld(0, hosts=3, redundancy=0)
     first = world.steps.attempt
@@ -286,48 +266,6 @@ def test_an_attempt_that_a_host_does_not_begin_is_lost_and_raises_when_it_is_use
     assert world.steps.attempt == first._replace(number=3)
     world.train(2, attempts=2)
     assert (world.steps.step, world.steps.attempt.number) == (2, 1)
-
-
-def test_a_restart_between_two_looks_is_seen() -> None:
-    world = TrainingWorld(0, hosts=3, redundancy=1)
-    key, (lost, *_) = next(iter(world.steps.owners.items()))
-    world.hosts.restart(lost)
-    world.follow()
-    assert world.steps.lost == f"{lost}: it is gone"
-    assert lost not in world.steps.owners[key]
-    world.train(1, attempts=2)
-    assert world.steps.step == 1
-
-
-@pytest.mark.parametrize("comes_back", [False, True])
-def test_an_attempt_begins_without_a_host_that_is_gone_before_the_pool_says_so(
-    comes_back: bool,
-) -> None:
-    world = TrainingWorld(0, hosts=4, redundancy=1)
-    seen, lost = world.now(), world.steps.owners[min(world.steps.owners)][0]
-    if comes_back:
-        world.hosts.restart(lost)
-    else:
-        world.hosts.lose(lost)
-    world.exchange(world.steps.again(seen))
-    assert world.steps.lost == ""
-    assert lost not in {host for host, _ in world.steps.members}
-    assert all(lost not in hosts for hosts in world.steps.owners.values())
-    world.exchange(world.steps.again(seen))
-    assert world.steps.lost == "", "the pool still names it"
-    world.follow()
-    world.train(1, attempts=2)
-    assert world.steps.step == 1
-
-
-def test_a_run_is_broken_by_a_host_that_is_gone_with_what_it_owns_as_an_attempt_begins() -> None:
-    world = TrainingWorld(0, hosts=3, redundancy=0)
-    seen, lost = world.now(), world.steps.owners[min(world.steps.owners)][0]
-    world.hosts.lose(lost)
-    world.exchange(world.steps.again(seen))
-    assert "go back to a checkpoint" in world.steps.broken
-    with pytest.raises(StateLost, match=f"hosts were lost .{lost}: {lost} is gone"):
-        world.exchange(world.steps.again(seen))
 
 
 def test_a_run_begins_with_all_owners_or_not_at_all() -> None:
